@@ -1,0 +1,489 @@
+"""The policy: a Mistral transformer, its key/value cache, sampling, and checkpoints in Hugging Face layout.
+
+Modules are named as the tensors of a Hugging Face checkpoint are (`model.layers.0.self_attn.q_proj.weight`), so
+loading is a copy by name. Read it from `Transformer` down to `Attention`, then `generate`.
+
+Shapes: B rows, T tokens, S cached positions, V vocabulary, D width, H query heads, G key/value heads, Dh head size.
+"""
+
+import dataclasses
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data import pad, read_json, whole, write_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_BYTES = 5 * 10**9
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+# What a config.json means by not naming a key: transformers' own defaults for the two architectures.
+DEFAULTS = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 4096 * 32},
+    "llama": {"num_key_value_heads": None, "sliding_window": None, "max_position_embeddings": 2048},
+}
+DEFAULTS_OF_BOTH = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of a checkpoint, under the names that its config.json uses."""
+
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G, divides H
+    head_dim: int  # Dh
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e4
+    sliding_window: int | None = None  # a token sees itself and the window - 1 before it
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list | None = 2
+    dtype: str = "float32"
+    model_type: str = "mistral"
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a config.json, as Mistral-7B-Instruct-v0.2 ships it or as transformers 5 writes it.
+
+        ValueError names the key whose value this implementation does not compute, or that is missing.
+        """
+        raw = read_json(path)
+
+        def refuse(key, expected, found):
+            raise ValueError(f"{path}: {key} is {json.dumps(found)}, expected {expected}")
+
+        if (kind := raw.get("model_type")) not in DEFAULTS:
+            refuse("model_type", "mistral or llama", kind)
+        ropes = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # old and new name
+        for rope in ropes:
+            if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+                refuse("rope_type", '"default" (scaled rotary embeddings are not implemented)', rope_type)
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", '"silu"', raw["hidden_act"])
+        for key in ("attention_bias", "mlp_bias"):
+            if raw.get(key):
+                refuse(key, "false (biases are not implemented)", raw[key])
+
+        values = DEFAULTS_OF_BOTH | DEFAULTS[kind] | {"dtype": raw.get("torch_dtype") or "float32"}
+        values |= {"rope_theta": rope["rope_theta"] for rope in ropes if "rope_theta" in rope}
+        values |= {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
+        if kind == "llama":
+            values["sliding_window"] = None
+        if values["dtype"] not in DTYPES:
+            refuse("dtype", f"one of {', '.join(DTYPES)}", values["dtype"])
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(values.get(key), int) or values[key] < 1:
+                refuse(key, "a positive integer", values.get(key))
+        heads = values["num_attention_heads"]
+        values["num_key_value_heads"] = values["num_key_value_heads"] or heads
+        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+        if heads % values["num_key_value_heads"]:
+            refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", values["num_key_value_heads"])
+        return cls(**values)
+
+    def to_json(self):
+        """The dictionary of a config.json that every version of transformers reads alike."""
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        architecture = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}[self.model_type]
+        fixed = {"architectures": [architecture], "hidden_act": "silu", "torch_dtype": self.dtype, "rope_parameters": rope}
+        return fixed | dataclasses.asdict(self)
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_angles(positions, head_dim, theta):
+    """(B, T) positions -> cos, sin (B, 1, T, Dh) of position * theta^(-2i/Dh), float32; the last axis repeats its half."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (Dh/2,)
+    angle = positions[..., None].float() * frequency  # (B, T, Dh/2)
+    angle = torch.cat([angle, angle], dim=-1)[:, None]  # (B, 1, T, Dh)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + Dh/2]) by its angle: the half-split pairing of Hugging Face checkpoints."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share G key/value heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, Dh, H, G = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = Dh
+        self.q_proj = nn.Linear(D, H * Dh, bias=False)
+        self.k_proj = nn.Linear(D, G * Dh, bias=False)
+        self.v_proj = nn.Linear(D, G * Dh, bias=False)
+        self.o_proj = nn.Linear(H * Dh, D, bias=False)
+
+    def forward(self, x, cos, sin, mask, layer_cache):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, Dh)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, Dh)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if layer_cache is not None:
+            k, v = layer_cache(k, v)  # (B, G, S, Dh): this row's past and present
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, layer_cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, layer_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the vocabulary: tokens (B, T) -> normalised hidden states (B, T, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens, cache=None):
+        config, window = self.config, self.config.sliding_window
+        position = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        if cache is not None:
+            position = position + cache.length[:, None]  # (B, T)
+            key = torch.arange(cache.begin(position), device=tokens.device)  # (S,)
+        else:
+            key = position[0]
+        mask = None  # plain causal attention needs none
+        if cache is not None or (window is not None and window < len(key)):
+            distance = position[:, None, :, None] - key  # (B, 1, T, S)
+            mask = (0 <= distance) & (distance < (window or config.max_position_embeddings + 1))
+        cos, sin = rotary_angles(position, config.head_dim, config.rope_theta)
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, cache and cache.layer(index))
+        if cache is not None:
+            cache.length = cache.length + tokens.shape[1]
+        return self.norm(x)
+
+
+class Transformer(nn.Module):
+    """Tokens (B, T) -> logits (B, T, V), of every position; the logits at t are for token t + 1."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def head(self, hidden):
+        """(..., D) -> logits (..., V)."""
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return F.linear(hidden, weight)
+
+    def forward(self, tokens):
+        return self.head(self.model(tokens))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=None, device=None):
+        """Read a checkpoint folder. `dtype` is a name or a torch.dtype; None keeps the one in config.json.
+
+        FileNotFoundError or ValueError names the file or tensor that is missing, unexpected, misshapen or truncated.
+        """
+        config = ModelConfig.from_json(Path(folder) / "config.json")
+        return load_pretrained(cls, config, folder, dtype, device)
+
+    def save_pretrained(self, folder, shard_bytes=SHARD_BYTES):
+        """Write the folder in Hugging Face layout, whole or not at all."""
+        with whole(folder) as temporary:
+            self.write_pretrained(temporary, shard_bytes)
+
+    def write_pretrained(self, folder, shard_bytes=SHARD_BYTES):
+        save_weights(self, folder, shard_bytes)
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        write_json(Path(folder) / "config.json", dataclasses.replace(self.config, dtype=dtype).to_json())
+
+
+def initialize(module, generator, std=0.02):
+    """Random weights: normal matrices, norms of one. The same generator state gives the same weights."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, std, generator=generator) if parameter.dim() > 1 else parameter.fill_(1)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def load_pretrained(cls, config, folder, dtype=None, device=None, **options):
+    """Build cls(config, **options) without memory, give it memory once, and read the folder's tensors into it."""
+    dtype = DTYPES.get(dtype or config.dtype, dtype)
+    with torch.device("meta"):
+        model = cls(config, **options).to(dtype)
+    model = model.to_empty(device=device or "cpu")
+    load_weights(model, folder)
+    return model
+
+
+def weight_files(folder):
+    """{tensor name: path of the safetensors file that holds it}, from the index or from the single file."""
+    folder, single = Path(folder), Path(folder) / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder, expected a checkpoint in Hugging Face layout")
+    if index.is_file():
+        if not isinstance(files := read_json(index).get("weight_map"), dict):
+            raise ValueError(f"{index}: has no weight_map")
+        for name in sorted(set(files.values())):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: no such file, but {index.name} names it")
+        return {tensor: folder / name for tensor, name in files.items()}
+    if not single.is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f" ({pickled[0]} is a pickle, which is never read: convert it)" if pickled else ""
+        raise FileNotFoundError(f"{single}: no such file, and no {index.name}{hint}")
+    with open_weights(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_weights(path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file (truncated?): {error}") from None
+
+
+@torch.no_grad()
+def load_weights(module, folder, prefix="", unused=()):
+    """Copy the folder's tensors into the module's parameters by name (behind `prefix`), casting to their dtype.
+
+    Each tensor is mapped, copied and let go, so the peak is one copy of the weights and one tensor. Names that
+    begin with one of `unused` may be there; old checkpoints' rotary tables and a tied lm_head always may.
+    """
+    parameters, files = {prefix + name: p for name, p in module.named_parameters()}, weight_files(folder)
+    if missing := sorted(parameters.keys() - files.keys()):
+        raise ValueError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(parameters)} are)")
+    tied = ("lm_head.",) if getattr(module.config, "tie_word_embeddings", False) else ()
+    for name in files.keys() - parameters.keys():
+        if not name.startswith((*unused, *tied)) and not name.endswith("rotary_emb.inv_freq"):
+            raise ValueError(f"{files[name]}: unexpected tensor {name}, which this architecture does not have")
+    for name, parameter in parameters.items():
+        with open_weights(files[name]) as file:
+            if name not in file.keys():
+                raise ValueError(f"{files[name]}: tensor {name} is missing, but the index places it here")
+            tensor = file.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{files[name]}: tensor {name} is {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
+            parameter.copy_(tensor)
+            del tensor  # the mapping goes with it
+
+
+def save_weights(module, folder, shard_bytes=SHARD_BYTES):
+    """Write the parameters as model.safetensors, or as numbered shards with an index when they are larger."""
+    folder, shards, room = Path(folder), [], 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, parameter in module.named_parameters():
+        if not shards or room + parameter.nbytes > shard_bytes:
+            shards.append({})
+            room = 0
+        shards[-1][name] = parameter.detach().contiguous()
+        room += parameter.nbytes
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library's own class for a full disk
+            raise OSError(f"{name}: {error}") from None
+    if count > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        total = sum(parameter.nbytes for parameter in module.parameters())
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+# ------------------------------------------------------------------------------------------------ generation
+
+
+class KVCache:
+    """Keys and values of R rows with room for S positions; `length` (R,) says how many each row has."""
+
+    def __init__(self, config, rows, size, device, dtype):
+        shape = (config.num_hidden_layers, rows, size, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def begin(self, position):
+        """Start a forward pass at `position` (B, T); returns S, how far the rows reach after it."""
+        self.position, self.row = position, torch.arange(len(position), device=position.device)[:, None]
+        self.reach = int(position.max()) + 1
+        return self.reach
+
+    def layer(self, index):
+        """The cache of one layer: new k, v (B, G, T, Dh) go in, all k, v (B, G, S, Dh) come out."""
+
+        def extend(k, v):
+            self.keys[index, self.row, self.position] = k.transpose(1, 2)
+            self.values[index, self.row, self.position] = v.transpose(1, 2)
+            return self.keys[index, :, : self.reach].transpose(1, 2), self.values[index, :, : self.reach].transpose(1, 2)
+
+        return extend
+
+    def copy_from(self, other, row, slots):
+        """Give this cache's rows `slots` the content of the other's one `row`."""
+        length = int(other.length[row])
+        self.keys[:, slots, :length] = other.keys[:, row, None, :length]
+        self.values[:, slots, :length] = other.values[:, row, None, :length]
+        self.length[slots] = length
+
+    def keep(self, rows):
+        self.keys, self.values, self.length = self.keys[:, rows], self.values[:, rows], self.length[rows]
+
+
+def sample_token(logits, uniform, temperature, top_p):
+    """Next tokens (R,) from logits (R, V), by inverting the cumulative distribution at uniform (R,) in [0, 1).
+
+    Temperature 0 takes the largest logit. top_p keeps the fewest most likely tokens that together reach it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probability, token = (logits.float() / temperature).softmax(-1), None
+    if top_p < 1:
+        probability, token = probability.sort(descending=True, stable=True)
+        before = probability.cumsum(-1) - probability
+        probability = probability.masked_fill(before >= top_p, 0.0)
+    cumulative = probability.double().cumsum(-1)  # double: a 32,000-fold sum in float32 would move the tail
+    choice = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
+    return (choice if token is None else token.gather(1, choice))[:, 0]
+
+
+def response_noise(seeds, length):
+    """(R, length) uniform numbers, each row from its own seed: what a row draws does not depend on its neighbours."""
+    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, samples_per_prompt, max_new_tokens, stop_token, temperature=1.0, top_p=1.0, generator=None,
+    rows=256, progress=None,
+):  # fmt: skip
+    """Sample responses: N token lists -> N lists of K token lists, each with the stop token it ended on, if any.
+
+    A pool of at most `rows` rows decodes together. A prompt is computed once and its cache copied to the rows of
+    its K samples; a row that has stopped takes the next waiting sample. The text depends on the seed alone, not
+    on `rows`. `progress` is a tqdm bar, moved once a finished response. Prompts that leave no room for
+    max_new_tokens in the model's context raise ValueError.
+    """
+    config, parameter = model.config, next(model.parameters())
+    longest, context = max(map(len, prompts)), config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        at = next(n for n, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context)
+        raise ValueError(
+            f"prompt {at + 1} has {len(prompts[at])} tokens and the response up to {max_new_tokens}, "
+            f"together more than the model's context of {context} (max_position_embeddings)"
+        )
+    N, K = len(prompts), samples_per_prompt
+    seeds = torch.randint(2**62, (N, K), generator=generator).tolist()
+    responses = [[[] for _ in range(K)] for _ in range(N)]
+    waiting = deque((n, k) for n in range(N) for k in range(K))
+    rows = min(rows, N * K)
+    owner = [None] * rows  # which (n, k) each row is writing
+    noise = torch.zeros(rows, max_new_tokens, device=parameter.device)
+    logits = torch.zeros(rows, config.vocab_size, device=parameter.device, dtype=parameter.dtype)
+    cache = KVCache(config, rows, longest + max_new_tokens, parameter.device, parameter.dtype)
+    prefix = {}  # prompt n -> (cache, row in it, next-token logits), while samples of it are waiting
+
+    while waiting or any(owner):
+        idle = [row for row, sample in enumerate(owner) if sample is None]
+        if waiting and len(idle) * 4 >= rows:  # refilling costs a pass over new prompts: not for every single row
+            admitted = {row: waiting.popleft() for row in idle[: len(waiting)]}
+            prefill(model, prompts, {n for n, _ in admitted.values()}, prefix)
+            for n in sorted({n for n, _ in admitted.values()}):
+                slots = [row for row, sample in admitted.items() if sample[0] == n]
+                cache.copy_from(*prefix[n][:2], slots)
+                logits[slots] = prefix[n][2]
+                if not waiting or waiting[0][0] != n:
+                    del prefix[n]
+            noise[list(admitted)] = response_noise([seeds[n][k] for n, k in admitted.values()], max_new_tokens).to(noise)
+            for row, sample in admitted.items():
+                owner[row] = sample
+        elif not waiting and len(idle) * 2 >= rows:  # the tail: carry on with the living rows only
+            alive = [row for row, sample in enumerate(owner) if sample is not None]
+            cache.keep(alive)
+            owner, noise, logits, rows = [owner[row] for row in alive], noise[alive], logits[alive], len(alive)
+
+        written = torch.tensor([len(responses[o[0]][o[1]]) if o else 0 for o in owner], device=noise.device)
+        token = sample_token(logits, noise.gather(1, written[:, None])[:, 0], temperature, top_p)
+        for row, value in enumerate(token.tolist()):
+            if owner[row] is not None:
+                response = responses[owner[row][0]][owner[row][1]]
+                response.append(value)
+                if value == stop_token or len(response) == max_new_tokens:
+                    owner[row] = None
+                    if progress is not None:
+                        progress.update()
+        if any(owner):
+            cache.length = cache.length * torch.tensor([o is not None for o in owner], device=noise.device)  # idle rows idle at 0
+            logits = model.head(model.model(token[:, None], cache)[:, -1])
+    return responses
+
+
+def prefill(model, prompts, wanted, prefix):
+    """Run the prompts `wanted` that `prefix` lacks, right-padded together, and put their caches and last logits in it."""
+    new = sorted(wanted - prefix.keys())
+    if not new:
+        return
+    parameter = next(model.parameters())
+    tokens = pad([prompts[n] for n in new], parameter.device)
+    cache = KVCache(model.config, *tokens.shape, parameter.device, parameter.dtype)
+    hidden = model.model(tokens, cache)
+    cache.length = torch.tensor([len(prompts[n]) for n in new], device=parameter.device)  # forget the padding
+    logits = model.head(hidden[torch.arange(len(new)), cache.length - 1])
+    prefix |= {n: (cache, row, logits[row]) for row, n in enumerate(new)}

@@ -1,0 +1,245 @@
+"""The mathematics of SPPO (Self-Play Preference Optimization, Wu et al., arXiv 2405.00675v5), and its one round.
+
+A round of Algorithm 1, with π_t the policy it starts from:
+  1. sample   y_1, ..., y_K ~ π_t(·|x) for every prompt x                                  (line 3)
+  2. judge    P(y_i ≻ y_j | x) for all i, j                                                (line 4)
+  3. average  each row into the win rate P̂(y_i ≻ π_t | x)                                  (§5.1)
+  4. select   the responses to train on, and their targets η(P̂ - ½)                        (line 5)
+  5. regress  log π_θ(y|x)/π_t(y|x) on the target                                          (line 6, eq. 4.7)
+
+`sppo_round` at the end of this file is these five steps; everything above it is one formula each. Nothing here
+knows of text, files or devices: the round is played on a `game` (see `sppo_round`).
+
+Shapes: N prompts, K responses per prompt, S of them selected, B rows, T tokens, V vocabulary. Log-probabilities
+are sums over response tokens, stop token included, in nats. Masks are bool, True on response tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------ win rates
+
+
+def win_rates(preference):
+    """(..., K, K) P(y_i beats y_j) -> (..., K) P̂(y_i ≻ π_t), the mean over all K opponents, itself included (§5.1).
+
+    The mean of the K win rates is ½ and each lies in [1/(2K), 1 - 1/(2K)]. Example:
+    [[.5, .9, .6], [.1, .5, .7], [.4, .3, .5]] -> [.667, .433, .400].
+    ValueError names the first prompt whose table has an entry that is not finite or outside [0, 1], or P + Pᵀ ≠ 1.
+    """
+    wrong = ~((preference >= 0) & (preference <= 1))  # NaN fails both
+    _refuse(wrong, preference, "is {}, expected a probability from 0 to 1")
+    total = preference + preference.transpose(-1, -2)
+    _refuse((total - 1).abs() > 1e-4, total, "and its opposite sum to {}, expected P + Pᵀ = 1")
+    return preference.mean(-1)
+
+
+def _refuse(wrong, value, message):
+    if wrong.any():
+        *prompt, i, j = wrong.nonzero()[0].tolist()
+        which = f" of prompt {prompt[0] + 1}" if prompt else ""
+        raise ValueError(f"preferences{which}: P({i} beats {j}) " + message.format(value[(*prompt, i, j)].item()))
+
+
+def best_and_worst(win_rate):
+    """(N, K) -> indices (N,), (N,) of the winner and the loser: what the paper's experiments train on (§5.1)."""
+    return win_rate.argmax(-1), win_rate.argmin(-1)
+
+
+# ------------------------------------------------------------------------------------------------ targets
+
+# Each returns what log π_θ/π_t is regressed on, in nats, shaped like win_rate.
+
+
+def sppo_target(win_rate, eta, baseline=0.5):
+    """η(P̂ - ½), eq. 4.7: log Z replaced by η/2. Appendix A allows a baseline from ½ (disordered) to 1 (ordered)."""
+    return eta * (win_rate - baseline)
+
+
+def normalized_target(win_rate, eta):
+    """log K + log_softmax(ηP̂): eq. 4.5 with log Z computed exactly on the K samples; the whole row (..., K) is needed."""
+    return torch.log_softmax(eta * win_rate, dim=-1) + torch.log(torch.tensor(float(win_rate.shape[-1])))
+
+
+def optimistic_target(win_rate, previous_win_rate, eta):
+    """η(2P(y ≻ π_t) - P(y ≻ π_{t-1}) - ½): optimistic multiplicative weights (ONPO, 2502.16852; OMWU, 2512.24818).
+
+    previous_win_rate is of the same responses, against samples of the policy one round earlier.
+    """
+    return eta * (2 * win_rate - previous_win_rate - 0.5)
+
+
+def regularized_target(win_rate, reference_log_ratio, eta, tau):
+    """(η(P̂ - ½) - ητρ)/(1 + ητ) with ρ = log π_t/μ: the game with payoff P - τ KL(π‖μ).
+
+    The proximal step argmax ⟨π, P⟩ - τ KL(π‖μ) - KL(π‖π_t)/η; equal to RSPO's reverse-KL loss (2503.00030) with
+    its coefficient ητ/2. τ is in win-rate units, so τ = 0 gives back sppo_target.
+    """
+    return (eta * (win_rate - 0.5) - eta * tau * reference_log_ratio) / (1 + eta * tau)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+# Each is per row and unreduced. Log-ratios are log π_θ(y)/π_t(y); beta is 1/η.
+
+
+def sequence_logps(logits, tokens, mask):
+    """Sum of log p(token) over response tokens: (B, T, V), (B, T), (B, T) bool -> (B,), nats, in float32."""
+    logits, tokens, mask = logits[:, :-1], tokens[:, 1:], mask[:, 1:]  # position t predicts token t + 1
+    logp = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[..., None])[..., 0]  # (B, T - 1)
+    return logp.masked_fill(~mask, 0.0).sum(-1)
+
+
+def sppo_loss(log_ratio, target):
+    """(log π_θ/π_t - target)², eq. 4.7. The authors' code has a factor ½ in front."""
+    return (log_ratio - target) ** 2
+
+
+def sppo_hard_loss(best_log_ratio, worst_log_ratio, beta):
+    """(Δ_w - 1/(2β))² + (Δ_l + 1/(2β))²: eq. 4.12 with the hard label P = 1, TRL's `sppo_hard`."""
+    return (best_log_ratio - 0.5 / beta) ** 2 + (worst_log_ratio + 0.5 / beta) ** 2
+
+
+def dpo_loss(best_log_ratio, worst_log_ratio, beta):
+    """-log σ(β(Δ_w - Δ_l)): DPO (2305.18290, eq. 7), eq. 4.13."""
+    return -F.logsigmoid(beta * (best_log_ratio - worst_log_ratio))
+
+
+def ipo_loss(best_log_ratio, worst_log_ratio, beta):
+    """(Δ_w - Δ_l - 1/(2β))²: IPO (2310.12036, eq. 17), on sums as in its paper; TRL averages over tokens first."""
+    return (best_log_ratio - worst_log_ratio - 0.5 / beta) ** 2
+
+
+# ------------------------------------------------------------------------------------------------ one round
+
+TARGETS = ("sppo", "normalized", "optimistic", "regularized")
+PAIR_LOSSES = {"sppo-hard": sppo_hard_loss, "dpo": dpo_loss, "ipo": ipo_loss}
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """How a round learns. The defaults are the paper's Mistral-7B experiment (§5.1); help texts are the comments."""
+
+    eta: float = 1000.0  # step size: nats of log-ratio per unit of win rate (beta = 1/eta)
+    loss: str = "sppo"  # sppo | sppo-hard | dpo | ipo; the last three are the iterative baselines
+    target: str = "sppo"  # sppo | normalized | optimistic | regularized: what sppo regresses on
+    tau: float = 0.01  # weight of the KL to the reference policy (target regularized), in win-rate units
+    select: str = "best-worst"  # best-worst (the paper's experiments) | all (its theory): responses to train on
+    epochs: int = 1  # passes over the round's prompts
+    schedule_epochs: int | None = None  # epochs that the learning-rate schedule is laid out for; unset: epochs
+    batch: int = 64  # prompts per optimizer step
+    micro_batch: int = 8  # prompts per forward pass; the gradients of a batch are accumulated
+    optimizer: str = "rmsprop"  # rmsprop (the authors' code) | adamw (no weight decay)
+    lr: float = 5e-7  # peak learning rate
+    warmup: float = 0.1  # share of the schedule that the learning rate rises linearly; it then falls linearly to 0
+    clip: float = 1.0  # largest gradient norm
+
+
+def sppo_round(game, prompts, config, generator, memo=lambda name, compute: compute(), log=lambda **step: None):
+    """One round: play `game` on `prompts`, and leave in it the policy π_{t+1}. Returns what happened, as a dictionary.
+
+    `game` is five functions:
+      sample(prompts) -> N lists of K responses from the current policy
+      judge(prompts, responses) -> (N, K, K), P(y_i beats y_j)
+      logps(prompts, responses) -> (N, S) log-probabilities under the current policy, differentiable
+      previous(prompts, responses) -> (N, K) win rates against π_{t-1}      (target optimistic)
+      reference(prompts, responses) -> (N, S) log-probabilities under μ     (target regularized)
+    and `policy`, the module whose parameters are trained. `memo(name, compute)` may return what an interrupted run
+    already has; by default it computes. `log` is called once an optimizer step with numbers.
+    """
+    # Line 3: y_1, ..., y_K ~ π_t(·|x) for every prompt x.
+    responses = memo("responses", lambda: game.sample(prompts))  # N lists of K
+
+    # Line 4: the judge's P(y_i ≻ y_j|x) for all K × K pairs; §5.1: row means are the win rates.
+    preference = memo("preferences", lambda: game.judge(prompts, responses))  # (N, K, K)
+    win_rate = win_rates(preference)  # (N, K)
+
+    # Line 5: winner and loser, or all K; π_t is the policy before its first step, so no second model is needed.
+    chosen = torch.stack(best_and_worst(win_rate), 1) if config.select == "best-worst" else _all(win_rate)  # (N, S)
+    selected = [[row[k] for k in ks] for row, ks in zip(responses, chosen.tolist())]
+    logp = memo("logps", lambda: score(game, prompts, selected, config))  # (N, S): log π_t(y|x)
+
+    # What log π_θ/π_t should become.
+    if config.target == "sppo":
+        target = sppo_target(win_rate, config.eta).gather(1, chosen)  # (N, S)
+    elif config.target == "normalized":
+        target = normalized_target(win_rate, config.eta).gather(1, chosen)
+    elif config.target == "optimistic":
+        previous = memo("previous", lambda: game.previous(prompts, responses))  # (N, K)
+        target = optimistic_target(win_rate, previous, config.eta).gather(1, chosen)
+    else:
+        log_ratio = logp - memo("reference", lambda: game.reference(prompts, selected))  # (N, S): log π_t/μ
+        target = regularized_target(win_rate.gather(1, chosen), log_ratio, config.eta, config.tau)
+
+    # Line 6: minimise eq. 4.7.
+    steps = memo("policy", lambda: fit(game, prompts, selected, logp, target, config, generator, log))
+    return {"win_rate": win_rate, "responses": responses, "target": target, "steps": steps}
+
+
+@torch.no_grad()
+def score(game, prompts, selected, config):
+    """log π(y|x) of the selected responses under the game's current policy, in micro-batches: (N, S)."""
+    parts = [slice(start, start + config.micro_batch) for start in range(0, len(prompts), config.micro_batch)]
+    return torch.cat([game.logps(prompts[part], selected[part]) for part in parts])
+
+
+def fit(game, prompts, selected, old_logp, target, config, generator, log):
+    """Regress log π_θ/π_t on target: `epochs` passes over shuffled prompts. Returns a dictionary of numbers a step."""
+    N, steps = len(prompts), []
+    per_epoch = -(-N // config.batch)
+    schedule = per_epoch * (config.schedule_epochs or config.epochs)
+    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
+    optimizer = make(game.policy.parameters(), lr=config.lr, weight_decay=0.0)
+    for epoch in range(config.epochs):
+        for batch in torch.randperm(N, generator=generator).split(config.batch):
+            losses, ratios = [], []
+            for micro in batch.split(config.micro_batch):
+                logp = game.logps([prompts[n] for n in micro.tolist()], [selected[n] for n in micro.tolist()])  # (b, S)
+                log_ratio = logp - old_logp[micro]
+                loss = row_losses(log_ratio, target[micro], config)
+                (loss.mean() * len(micro) / len(batch)).backward()
+                losses.append(loss.detach())
+                ratios.append(log_ratio.detach())
+            lr = learning_rate(len(steps), schedule, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            norm = torch.nn.utils.clip_grad_norm_(game.policy.parameters(), config.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps.append(step_numbers(epoch, torch.cat(losses), torch.cat(ratios), target[batch], norm, lr))
+            log(**steps[-1])
+    return steps
+
+
+def row_losses(log_ratio, target, config):
+    """(b, S), (b, S) -> (b, S) for sppo, (b,) for the losses that compare a winner with a loser."""
+    if config.loss == "sppo":
+        return sppo_loss(log_ratio, target)
+    best, worst = log_ratio.unbind(1)
+    return PAIR_LOSSES[config.loss](best, worst, 1 / config.eta)
+
+
+def learning_rate(step, steps, config):
+    """Of step 0, 1, ...: linear warm-up over the first `warmup` of the schedule, then linearly to zero behind its end."""
+    rising = math.ceil(config.warmup * steps)
+    return config.lr * ((step + 1) / rising if step < rising else (steps - step) / (steps - rising))
+
+
+def step_numbers(epoch, loss, log_ratio, target, norm, lr):
+    """One line of the log: mean loss, and the mean log-ratio of the responses with largest and smallest target."""
+    best, worst = best_and_worst(target)
+    return {
+        "epoch": epoch,
+        "loss": loss.mean().item(),
+        "best_log_ratio": log_ratio.gather(1, best[:, None]).mean().item(),
+        "worst_log_ratio": log_ratio.gather(1, worst[:, None]).mean().item(),
+        "gradient_norm": norm.item(),
+        "lr": lr,
+    }
+
+
+def _all(win_rate):
+    return torch.arange(win_rate.shape[-1], device=win_rate.device).expand_as(win_rate)

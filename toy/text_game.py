@@ -1,0 +1,289 @@
+"""The small world: sums of two digits, a judge with a circle in it, and exact measurement of what SPPO made of it.
+
+Prompts are `3+4=`. A response is a number and an ending: `7.` `7!` `7?`. The *oracle* prefers the right number to a
+wrong one, and a well-formed response to a malformed one, with probability 0.95; among equally good responses the
+endings beat each other in a circle. So quality is transitive, style is not, and the equilibrium is: always right,
+endings mixed, (4, 3, 4)/11 for the strengths .9 .9 .8.
+
+    python -m toy.text_game build WORLD           tokenizer, base policy, learned judge, prompts.jsonl, pairs.jsonl
+    python train.py --preset tiny --policy WORLD/policy --judge WORLD/judge --prompts WORLD/prompts.jsonl --out RUN
+    python -m toy.text_game measure WORLD RUN     exact shares and exploitability of each round and of their average
+
+Every well-formed response can be listed (100 numbers, 3 endings), so the policy's shares are sums of exact
+probabilities, not estimates.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tqdm import tqdm
+
+from data import Tokenizer, pad_responses, read_json, read_pairs, whole, write_json, write_lines
+from model import ModelConfig, Transformer, initialize
+from prefmodel import PreferenceModel, train_preference_model
+from sppo import sequence_logps
+from toy.games import cycle, exploitability, nash
+
+ENDINGS = ".!?"
+STRENGTHS = (0.9, 0.9, 0.8)  # `.` beats `!`, `!` beats `?`, `?` beats `.`
+QUALITY = 0.95  # right beats wrong, wrong beats malformed
+SUMS = {f"{a}+{b}=": a + b for a in range(10) for b in range(10)}
+NUMBERS = [str(n) for n in range(100)]
+CLASSES = [f"{kind}{ending}" for kind in ("right", "wrong") for ending in ENDINGS] + ["malformed"]
+MAX_NEW_TOKENS = 4  # two digits, an ending, the stop token
+
+# ------------------------------------------------------------------------------------------------ the rules
+
+
+def classify(prompt, response):
+    """Index into CLASSES of a response text."""
+    match = re.fullmatch(r"(0|[1-9]\d?)([.!?])", response)
+    if match is None:
+        return len(CLASSES) - 1
+    return 3 * (int(match[1]) != SUMS[prompt]) + ENDINGS.index(match[2])
+
+
+def payoff(strengths=STRENGTHS):
+    """(7, 7) P(class i beats class j) under the oracle."""
+    quality = torch.tensor([0, 0, 0, 1, 1, 1, 2])  # 0 is best
+    table = torch.where(quality[:, None] < quality, QUALITY, 1 - QUALITY).double()
+    table[:3, :3] = table[3:6, 3:6] = cycle(strengths)
+    table[6, 6] = 0.5
+    return table
+
+
+def oracle(prompt, responses, strengths=STRENGTHS):
+    """The judge of last resort, as a rule: `--judge toy.text_game:oracle`."""
+    classes = [classify(prompt, response) for response in responses]
+    return payoff(strengths)[classes][:, classes]
+
+
+# ------------------------------------------------------------------------------------------------ building it
+
+
+def write_tokenizer(folder):
+    """One token a character, in Hugging Face layout."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *"0123456789+=", *ENDINGS])}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(folder / "tokenizer_config.json", special)
+
+
+def model_config(layers=2, width=64):
+    return ModelConfig(
+        vocab_size=18, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def draw_response(prompt, right, endings, malformed, generator):
+    """A random response text: right with this probability, endings with these shares, malformed with that one."""
+    chance = torch.rand(3, generator=generator)
+    ending = ENDINGS[torch.multinomial(torch.tensor(endings), 1, generator=generator)]
+    wrong = int(torch.randint(18, (1,), generator=generator))
+    number = SUMS[prompt] if chance[0] < right else wrong + (wrong >= SUMS[prompt])
+    if chance[1] < malformed:
+        return [str(number), ending, ending + str(number), str(number) + 2 * ending][int(4 * chance[2])]
+    return f"{number}{ending}"
+
+
+def train_base(model, tokenizer, steps, batch, generator):
+    """Supervised training on responses that are right 70 % of the time and end in `.` 70 % of the time."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    prompts = list(SUMS)
+    pool = [(p, draw_response(p, 0.7, (0.7, 0.15, 0.15), 0.03, generator)) for p in prompts for _ in range(200)]
+    ids = [(tokenizer.prompt_ids(p, "plain"), tokenizer.encode(r) + [tokenizer.eos]) for p, r in pool]
+    for step in tqdm(range(steps), desc="base policy", unit="step"):
+        chosen = torch.randint(len(ids), (batch,), generator=generator).tolist()
+        tokens, mask = pad_responses(*zip(*[ids[i] for i in chosen]))
+        loss = -sequence_logps(model(tokens), tokens, mask).mean()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def draw_pairs(count, strengths, generator):
+    """Judged pairs: two responses of many kinds, and a coin flipped once with the oracle's probability."""
+    prompts, pairs = list(SUMS), []
+    for _ in range(count):
+        prompt = prompts[int(torch.randint(len(prompts), (1,), generator=generator))]
+        first, second = (draw_response(prompt, 0.7, (1 / 3, 1 / 3, 1 / 3), 0.1, generator) for _ in range(2))
+        probability = oracle(prompt, [first, second], strengths)[0, 1]
+        if torch.rand(1, generator=generator) >= probability:
+            first, second = second, first
+        pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
+    return pairs
+
+
+def build(world, seed=0, strengths=STRENGTHS, pairs=20_000):
+    """Write the world's folders: policy/, judge/, prompts.jsonl, pairs.jsonl, world.json."""
+    world, generator = Path(world), torch.Generator().manual_seed(seed)
+    write_lines(world / "prompts.jsonl", [{"prompt": prompt} for prompt in SUMS])
+    model = initialize(Transformer(model_config()), generator, std=0.05)
+    with whole(world / "policy") as folder:
+        folder.mkdir()
+        write_tokenizer(folder)
+        train_base(model, Tokenizer(folder), 600, 256, generator)
+        model.write_pretrained(folder)
+    write_lines(world / "pairs.jsonl", draw_pairs(pairs, strengths, generator))
+    judged = read_pairs(world / "pairs.jsonl")
+    judge = PreferenceModel.from_backbone(world / "policy", generator, scalar=True, cyclic=2, template="plain")
+    with tqdm(total=4 * len(judged), unit="pair", desc="learned judge") as progress:
+        train_preference_model(judge, judged, epochs=4, lr=2e-3, batch=250, generator=generator, progress=progress)
+    judge.save_pretrained(world / "judge")
+    write_json(world / "world.json", {"seed": seed, "strengths": list(strengths), "quality": QUALITY})
+
+
+def build_untrained(world):
+    """A world for the debugger: one layer, random weights, two prompts."""
+    with whole(Path(world) / "policy") as folder:
+        folder.mkdir(parents=True)
+        write_tokenizer(folder)
+        generator = torch.Generator().manual_seed(0)
+        initialize(Transformer(model_config(layers=1, width=16)), generator, std=0.3).write_pretrained(folder)
+    write_lines(Path(world) / "prompts.jsonl", [{"prompt": "3+4="}, {"prompt": "5+9="}])
+    write_json(Path(world) / "world.json", {"seed": 0, "strengths": list(STRENGTHS), "quality": QUALITY})
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+@torch.no_grad()
+def class_shares(model, tokenizer):
+    """(100 prompts, 7 classes) exact probabilities that the policy's response falls into each class, float64."""
+    endings = [tokenizer.encode(ending) + [tokenizer.eos] for ending in ENDINGS]
+    responses = [tokenizer.encode(number) + ending for number in NUMBERS for ending in endings]
+    shares = torch.zeros(len(SUMS), len(CLASSES), dtype=torch.float64)
+    for row, (prompt, total) in enumerate(SUMS.items()):
+        ids = tokenizer.prompt_ids(prompt, "plain")
+        tokens, mask = pad_responses([ids] * len(responses), responses)
+        probability = sequence_logps(model(tokens), tokens, mask).double().exp().view(len(NUMBERS), 3)
+        shares[row, :3] = probability[total]
+        shares[row, 3:6] = probability.sum(0) - probability[total]
+    shares[:, 6] = (1 - shares.sum(1)).clamp(min=0)
+    return shares
+
+
+def describe(shares, table):
+    """One policy's numbers. `right` and `malformed` are shares of all responses, `endings` of the well-formed ones.
+
+    Exploitability is E_x max_y P(y ≻ π|x) - ½: the best reply may differ from prompt to prompt.
+    """
+    mean = shares.mean(0)
+    endings = mean[:3] + mean[3:6]
+    return {
+        "right": mean[:3].sum().item(),
+        "endings": (endings / endings.sum()).tolist(),
+        "malformed": mean[6].item(),
+        "exploitability": exploitability(table, shares).mean().item(),
+    }
+
+
+def measure(world, run):
+    """RUN/measure.json and measure.png: base policy, every round's policy, the last, and the rounds' average.
+
+    The average is the theorem's: a mixture that draws a round, then a response of its policy, so its shares are
+    the means of the rounds' shares. The base policy is not part of it.
+    """
+    world, run = Path(world), Path(run)
+    table = payoff(read_json(world / "world.json")["strengths"])
+    folders = sorted(run.glob("round-*/policy"))
+    if not folders:
+        raise FileNotFoundError(f"{run}: no round-01/policy in it, expected the folder of a run")
+    shares = []
+    for folder in tqdm([world / "policy", *folders], desc="measure", unit="policy"):
+        shares.append(class_shares(Transformer.from_pretrained(folder), Tokenizer(folder)))
+    shares = torch.stack(shares)  # (1 + T, 100, 7)
+    averages = shares[1:].cumsum(0) / torch.arange(1, len(shares))[:, None, None]
+    result = {
+        "base": describe(shares[0], table),
+        "last": describe(shares[-1], table),
+        "average": describe(averages[-1], table),
+        "equilibrium": nash(table)[:3].tolist(),
+        "rounds": [describe(share, table) for share in shares[1:]],
+        "averages": [describe(share, table) for share in averages],
+    }
+    write_json(run / "measure.json", result)
+    draw(result, run / "measure.png")
+    return result
+
+
+def print_table(result):
+    print(f"{'':14}{'right':>8}{'.':>8}{'!':>8}{'?':>8}{'malformed':>12}{'exploitability':>17}")
+    for name in ("base", "last", "average"):
+        row = result[name]
+        shares = "".join(f"{share:8.3f}" for share in row["endings"])
+        print(f"{name:14}{row['right']:8.3f}{shares}{row['malformed']:12.4f}{row['exploitability']:17.4f}")
+    print(f"{'equilibrium':14}{1:8.3f}{''.join(f'{share:8.3f}' for share in result['equilibrium'])}{0:12.4f}{0:17.4f}")
+
+
+def draw(result, path):
+    """Left: the path of the endings on their triangle. Right: exploitability by round, and the share of right answers."""
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"
+    corners = torch.tensor([[0, 0], [1, 0], [0.5, 0.75**0.5]], dtype=torch.float64)
+
+    def flat(rows):
+        return (torch.tensor([row["endings"] for row in rows], dtype=torch.float64) @ corners).T
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    triangle, curve = figure.subplots(1, 2)
+    triangle.fill(*corners.T, fill=False, color="#777777", linewidth=0.8)
+    for corner, ending, shift in zip(corners, ENDINGS, ((-0.06, -0.03), (0.06, -0.03), (0, 0.05))):
+        triangle.text(*(corner + torch.tensor(shift)), f"all “{ending}”", ha="center", va="center")
+    start = [result["base"]]
+    triangle.plot(*flat(start + result["rounds"]), ".-", color=orange, linewidth=0.8, label="policy of each round")
+    triangle.plot(*flat(result["averages"]), ".-", color=blue, label="average of the rounds so far")
+    triangle.plot(*flat(start), "o", color="black", label="base policy")
+    equilibrium = torch.tensor(result["equilibrium"], dtype=torch.float64) @ corners
+    triangle.plot(*equilibrium, "*", color=green, markersize=15, label="Nash equilibrium")
+    triangle.set(aspect="equal", title="Endings of the responses (shares)")
+    triangle.axis("off")
+    triangle.legend(frameon=False, loc="upper left", fontsize=8)
+
+    rounds = range(len(result["rounds"]) + 1)
+    curve.plot(rounds, [row["exploitability"] for row in start + result["rounds"]], color=orange, label="policy of each round")
+    curve.plot(rounds[1:], [row["exploitability"] for row in result["averages"]], color=blue, label="average of the rounds so far")
+    curve.plot(rounds, [1 - row["right"] for row in start + result["rounds"]], ":", color=green, label="wrong answers (share)")
+    curve.set(xlabel="round", ylabel="exploitability (win rate above ½)", title="Exact exploitability", ylim=(0, None))
+    curve.legend(frameon=False)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("build", help="write the world")
+    command.add_argument("world")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--strengths", type=float, nargs=3, default=STRENGTHS, help=". beats !, ! beats ?, ? beats . [.9 .9 .8]")
+    command.add_argument("--pairs", type=int, default=20_000, help="judged pairs that the learned judge sees [20000]")
+    command = commands.add_parser("measure", help="measure a run exactly")
+    command.add_argument("world")
+    command.add_argument("run")
+    args = parser.parse_args()
+    try:
+        if args.command == "build":
+            build(args.world, args.seed, args.strengths, args.pairs)
+        else:
+            print_table(measure(args.world, args.run))
+    except (ValueError, OSError) as error:
+        print(f"toy.text_game: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""Self-play preference optimisation of a language model: the loop over rounds, its settings, stages on disk, resume.
+
+    python train.py --policy DIR --judge DIR --prompts prompts.jsonl --out RUN                   your own run
+    python train.py --preset mistral-7b --policy DIR --judge DIR --prompts FILE --out RUN        the paper's recipe
+    python train.py --preset debug                                                               for the debugger
+
+What a round does stands in sppo.py, `sppo_round`. This file gives it a `game` made of a policy, a judge and a
+tokenizer, and a memo that keeps every finished stage in RUN/round-01/, ... so that a run that was stopped, killed
+even, continues behind its last finished stage when the same command is given again, to the same numbers.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import TEMPLATES, Prompt, Tokenizer, pad_responses, prompt_text, read_json, read_lines, read_prompts
+from data import whole, write_json, write_lines
+from model import DTYPES, Transformer, generate, load_weights
+from prefmodel import load_judge
+from sppo import PAIR_LOSSES, TARGETS, RoundConfig, score, sequence_logps, sppo_round, win_rates
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+@dataclass(frozen=True)
+class TrainConfig(RoundConfig):
+    """Every setting of a run; the fields of RoundConfig too. A field is a flag, its comment the flag's help."""
+
+    policy: str = ""  # checkpoint folder of π_1, Hugging Face layout
+    judge: str = ""  # checkpoint folder of a judge, or module:function
+    prompts: str = ""  # JSON lines with `prompt` or `messages`
+    out: str = ""  # run folder
+    rounds: int = 3  # T
+    samples: int = 5  # K responses per prompt
+    reuse_prompts: bool = False  # every round sees all prompts; otherwise they are split over the rounds, as in the paper
+    max_new_tokens: int = 512  # longest response, in tokens
+    temperature: float = 1.0  # of sampling; the log-ratios are always of the untempered policy
+    top_p: float = 1.0  # nucleus of sampling
+    template: str = "mistral"  # mistral: [INST] chat; plain: BOS, then the prompt as text to be continued
+    reference: str = ""  # checkpoint folder of μ (target regularized); unset: the policy that the run starts from
+    reference_every: int = 0  # every so many rounds μ becomes the current policy (a moving reference); 0: never
+    pool: int = 256  # rows that decode together
+    seed: int = 0  # of everything random
+    device: str = "cpu"  # a torch device
+    dtype: str = "float32"  # of the policy's weights
+
+
+CHOICES = {
+    "loss": ("sppo", *PAIR_LOSSES), "target": TARGETS, "select": ("best-worst", "all"),
+    "optimizer": ("rmsprop", "adamw"), "template": TEMPLATES, "dtype": tuple(DTYPES),
+}  # fmt: skip
+
+PRESETS = {
+    # Two prompts, three samples, a dozen tokens, one layer: every tensor of a round fits on the screen.
+    "debug": dict(
+        policy="out/debug-world/policy", judge="toy.text_game:oracle", prompts="out/debug-world/prompts.jsonl",
+        out="out/debug", rounds=2, samples=3, max_new_tokens=6, template="plain", reuse_prompts=True, eta=2.0,
+        optimizer="adamw", lr=1e-3, batch=2, micro_batch=2, epochs=2,
+    ),
+    # The small world of toy/text_game.py, on a laptop: the theory's setting (all K, small η, many rounds).
+    "tiny": dict(
+        rounds=40, samples=16, select="all", reuse_prompts=True, eta=2.0, optimizer="adamw", lr=1e-3, warmup=0.0,
+        epochs=3, batch=25, micro_batch=25, max_new_tokens=4, template="plain", pool=1600,
+    ),
+    # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimiser and micro-batch are those of the
+    # authors' code (uclaml/SPPO), as are 2048 new tokens (scripts/generate.sh). Sampling is the paper's 1.0 / 1.0.
+    "mistral-7b": dict(
+        rounds=3, samples=5, select="best-worst", eta=1000.0, lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=18,
+        batch=64, micro_batch=1, optimizer="rmsprop", temperature=1.0, top_p=1.0, max_new_tokens=2048,
+        template="mistral", dtype="bfloat16",
+    ),
+}  # fmt: skip
+
+
+def parse_config(arguments=None):
+    """Command line -> TrainConfig. Order of precedence: flags, the preset, the defaults of the dataclass."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from; flags override them")
+    source = inspect.getsource(RoundConfig) + inspect.getsource(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        text = re.search(rf"\n    {field.name}: [^#]*# (.*)", source)[1].replace("%", "%%")
+        kind = field.type if isinstance(field.type, type) else field.type.__args__[0]  # int | None -> int
+        form = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, choices=CHOICES.get(field.name))
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, help=f"{text} [{field.default}]", default=argparse.SUPPRESS, **form)
+    flags = vars(parser.parse_args(arguments))
+    preset = PRESETS.get(flags.pop("preset", None), {})
+    return TrainConfig(**(preset | flags))
+
+
+def check(config):
+    """Settings that contradict each other or say nothing, refused before anything is loaded."""
+    for name in ("policy", "judge", "prompts", "out"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} is missing (or name a --preset that sets it)")
+    for name in ("rounds", "epochs", "batch", "micro_batch", "max_new_tokens", "pool"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1")
+    if config.samples < 2:
+        raise ValueError(f"--samples is {config.samples}, expected at least 2: a response needs an opponent")
+    if config.eta <= 0:
+        raise ValueError(f"--eta is {config.eta}, expected more than 0")
+    if config.temperature < 0 or not 0 < config.top_p <= 1:
+        raise ValueError(f"--temperature {config.temperature}, --top-p {config.top_p}: expected at least 0, and 0 < top-p <= 1")
+    if config.loss != "sppo" and (config.select, config.target) != ("best-worst", "sppo"):
+        raise ValueError(f"--loss {config.loss} compares winner and loser: it goes with --select best-worst and no --target")
+
+
+# ------------------------------------------------------------------------------------------------ the game
+
+
+class TextGame:
+    """The five functions that `sppo_round` plays with, for round `number` of a text policy (see its docstring)."""
+
+    def __init__(self, config, policy, tokenizer, judge_model, number):
+        self.config, self.policy, self.tokenizer, self.judge_model = config, policy, tokenizer, judge_model
+        self.number = number  # t, from 1
+        self.progress = None  # the bar of the stage that is being computed
+
+    def generator(self, stage):
+        """Each stage of each round draws from a generator of its own, so that a resumed run draws the same numbers."""
+        state = np.random.SeedSequence([self.config.seed, self.number, stage]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(state))
+
+    def sample(self, prompts, stage=0):
+        config = self.config
+        return generate(
+            self.policy, [prompt.ids for prompt in prompts], config.samples, config.max_new_tokens, self.tokenizer.eos,
+            config.temperature, config.top_p, self.generator(stage), config.pool, self.progress,
+        )  # fmt: skip
+
+    def judge(self, prompts, responses):
+        texts = [self.texts(prompt, row) for prompt, row in zip(prompts, responses, strict=True)]
+        return self.judge_model.preferences_many([prompt.text for prompt in prompts], texts, self.progress)
+
+    def texts(self, prompt, responses):
+        return [self.tokenizer.response_text(prompt.ids, response, self.config.template) for response in responses]
+
+    def logps(self, prompts, responses):
+        """(b, S) log π(y|x) of b prompts and S responses each, in one padded forward pass."""
+        rows = [(prompt.ids, response) for prompt, row in zip(prompts, responses, strict=True) for response in row]
+        tokens, mask = pad_responses(*zip(*rows), device=self.config.device)
+        logps = sequence_logps(self.policy(tokens), tokens, mask).view(len(prompts), -1)
+        if self.progress is not None:
+            self.progress.update(len(prompts))
+        return logps.cpu()
+
+    def previous(self, prompts, responses):
+        """Win rates (N, K) of the responses against as many of π_{t-1}, which in round 1 is π_1 itself."""
+        if self.number == 1:
+            return win_rates(self.judge(prompts, responses))
+        if self.config.reuse_prompts:
+            earlier = read_responses(round_folder(self.config, self.number - 1) / "responses.jsonl", prompts)
+        else:  # that round saw other prompts
+            earlier = self.with_weights(policy_folder(self.config, self.number - 1), lambda: self.sample(prompts, stage=2))
+        both = self.judge(prompts, [new + old for new, old in zip(responses, earlier, strict=True)])  # (N, 2K, 2K)
+        K = self.config.samples
+        win_rates(both)  # checks the judge
+        return both[:, :K, K:].mean(-1)
+
+    def reference(self, prompts, responses):
+        """log μ(y|x) (N, S); μ is --reference, or the policy that the run started from, or a later one of its rounds."""
+        config, every = self.config, self.config.reference_every
+        start = (self.number - 1) // every * every + 1 if every else 1
+        folder = config.reference if config.reference and start == 1 else policy_folder(config, start)
+        return self.with_weights(folder, lambda: score(self, prompts, responses, config))
+
+    def with_weights(self, folder, compute):
+        """compute() with the weights of another checkpoint in the policy; there is never a second model in memory."""
+        load_weights(self.policy, folder)
+        try:
+            return compute()
+        finally:
+            load_weights(self.policy, policy_folder(self.config, self.number))
+
+
+# ------------------------------------------------------------------------------------------------ stages on disk
+
+
+def round_folder(config, number):
+    return Path(config.out) / f"round-{number:02d}"
+
+
+def policy_folder(config, number):
+    """The checkpoint of π_t: what the round before left, or --policy."""
+    return Path(config.policy) if number == 1 else round_folder(config, number - 1) / "policy"
+
+
+class Stages:
+    """The memo of one round: a finished stage is read from its file, any other is computed and written whole.
+
+    round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/ (the weights of π_2 in Hugging
+    Face layout, and steps.jsonl, the numbers of each optimizer step). previous.safetensors and
+    reference.safetensors where the target needs them.
+    """
+
+    UNITS = {"responses": "response", "policy": "prompt"}
+
+    def __init__(self, config, game, prompts):
+        self.config, self.game, self.prompts = config, game, prompts
+        self.folder = round_folder(config, game.number)
+
+    def __call__(self, name, compute):
+        path = self.folder / {"responses": "responses.jsonl", "policy": "policy"}.get(name, f"{name}.safetensors")
+        if path.exists():
+            return self.read(name, path)
+        start, config = time.perf_counter(), self.config
+        total = len(self.prompts) * {"responses": config.samples, "policy": config.epochs}.get(name, 1)
+        title = f"round {self.game.number}/{config.rounds} {name}"
+        with tqdm(total=total, unit={"responses": "response"}.get(name, "prompt"), desc=title, leave=False) as self.game.progress:
+            value = compute()
+        with whole(path) as temporary:
+            self.write(name, temporary, value)
+        row = {"round": self.game.number, "stage": name, "seconds": time.perf_counter() - start, "peak_gb": peak_memory(config)}
+        with open(Path(config.out) / "timings.jsonl", "a") as file:
+            print(json.dumps(row), file=file)
+        return value
+
+    def read(self, name, path):
+        if name == "responses":
+            return read_responses(path, self.prompts)
+        if name == "policy":
+            load_weights(self.game.policy, path)
+            return [row for _, row in read_lines(path / "steps.jsonl")]
+        try:
+            return load_file(path)[name]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path}: not what this stage writes ({error}); delete it to compute it again") from None
+
+    def write(self, name, path, value):
+        if name == "responses":
+            rows = zip(self.prompts, value, strict=True)
+            rows = [{"prompt": p.text, "responses": self.game.texts(p, row), "tokens": row} for p, row in rows]
+            write_lines(path, rows)
+        elif name == "policy":
+            self.game.policy.write_pretrained(path)
+            self.game.tokenizer.copy_to(path)
+            write_lines(path / "steps.jsonl", value)
+        else:
+            extra = {"win_rates": win_rates(value)} if name == "preferences" else {}
+            save_file({name: value.contiguous()} | extra, path)
+
+
+def read_responses(path, prompts):
+    """The sampled token ids of a responses.jsonl: N lists of K. ValueError if it was written for other prompts."""
+    rows = list(read_lines(path))
+    if [row["prompt"] for _, row in rows] != [prompt.text for prompt in prompts]:
+        raise ValueError(f"{path}: holds responses to other prompts than this run's; was the prompt file changed?")
+    return [row["tokens"] for _, row in rows]
+
+
+def peak_memory(config):
+    """Largest memory of this process so far, in GB: of the GPU where there is one, else resident."""
+    if config.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def claim(config):
+    """Make the run folder this run's: write config.json, or compare with the one of the run that is continued."""
+    path, settings = Path(config.out) / "config.json", dataclasses.asdict(config)
+    settings.pop("out")  # a run folder may be moved
+    if not path.exists():
+        return write_json(path, settings)
+    old = read_json(path)
+    for name in settings | old:
+        if settings.get(name) != old.get(name):
+            raise ValueError(
+                f"{path}: this run was started with --{name.replace('_', '-')} {old.get(name)}, now it is {settings.get(name)}; "
+                "give the same settings to continue it, or another --out"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def load_prompts(config, tokenizer):
+    """The prompt file as one list of prompts a round: all of them, or every T-th, so that each round sees each kind."""
+    texts = read_prompts(config.prompts)
+    prompts = [Prompt(prompt_text(text), tokenizer.prompt_ids(text, config.template)) for text in texts]
+    if config.reuse_prompts:
+        return [prompts] * config.rounds
+    if len(prompts) < config.rounds:
+        raise ValueError(f"{config.prompts}: {len(prompts)} prompts cannot be split over --rounds {config.rounds}; add --reuse-prompts")
+    return [prompts[t :: config.rounds] for t in range(config.rounds)]
+
+
+def run(config):
+    """Play all rounds of a run, or those that are missing. Returns the lines of metrics.jsonl."""
+    check(config)
+    tokenizer = Tokenizer(config.policy)
+    prompts = load_prompts(config, tokenizer)
+    policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
+    if tokenizer.vocab_size > policy.config.vocab_size:
+        raise ValueError(
+            f"{config.policy}: tokenizer.json has {tokenizer.vocab_size} tokens, but the model's vocab_size is {policy.config.vocab_size}"
+        )
+    check_lengths(config, policy, [prompt for part in prompts[: 1 if config.reuse_prompts else None] for prompt in part])
+    judge = load_judge(config.judge, config.device)
+    claim(config)
+
+    metrics_path, lines, drawn = Path(config.out) / "metrics.jsonl", [], time.monotonic()
+    for number, part in enumerate(prompts, 1):
+        game = TextGame(config, policy, tokenizer, judge, number)
+
+        def log(**step):
+            game.progress.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
+            with open(metrics_path, "a") as file:  # seen while the stage runs; rewritten whole behind it
+                print(json.dumps({"round": number} | step), file=file)
+
+        start = time.monotonic()
+        result = sppo_round(game, part, config, game.generator(1), Stages(config, game, part), log)
+        lines += [{"round": number} | step for step in result["steps"]]
+        lines.append(summary(number, result, tokenizer.eos))
+        write_lines(metrics_path, lines)
+        print(describe(lines[-1], config), f"{time.monotonic() - start:.1f} s, {peak_memory(config):.2f} GB", flush=True)
+        if number == config.rounds or time.monotonic() - drawn > 60:
+            draw(lines, Path(config.out) / "curves.png")
+            drawn = time.monotonic()
+    return lines
+
+
+def check_lengths(config, policy, prompts):
+    context = policy.config.max_position_embeddings
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt.ids) + config.max_new_tokens > context:
+            raise ValueError(
+                f"{config.prompts}: prompt {prompt.text[:40]!r} has {len(prompt.ids)} tokens, with --max-new-tokens "
+                f"{config.max_new_tokens} more than the policy's context of {context}"
+            )
+
+
+def summary(number, result, stop_token):
+    """One line a round. Win rates are against the round's own samples, so their mean is ½; their spread is the news."""
+    lengths = [len(response) for row in result["responses"] for response in row]
+    stopped = [response[-1] == stop_token for row in result["responses"] for response in row]
+    return {
+        "round": number,
+        "best_win_rate": result["win_rate"].amax(-1).mean().item(),
+        "worst_win_rate": result["win_rate"].amin(-1).mean().item(),
+        "mean_squared_target": result["target"].pow(2).mean().item(),
+        "first_loss": result["steps"][0]["loss"],
+        "last_loss": result["steps"][-1]["loss"],
+        "mean_tokens": sum(lengths) / len(lengths),
+        "stopped": sum(stopped) / len(stopped),
+    }
+
+
+def describe(row, config):
+    return (
+        f"round {row['round']}/{config.rounds}  win rates {row['worst_win_rate']:.3f} to {row['best_win_rate']:.3f}  "
+        f"loss {row['first_loss']:.4g} -> {row['last_loss']:.4g}  {row['mean_tokens']:.1f} tokens a response "
+    )
+
+
+def draw(lines, path):
+    """curves.png: what each optimizer step and each round did."""
+    steps = [row for row in lines if "loss" in row]
+    rounds = [row for row in lines if "loss" not in row]
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    position, number = range(1, len(steps) + 1), [row["round"] for row in rounds]
+    blue, orange, grey = "#0072B2", "#D55E00", "#777777"
+    axes[0, 0].plot(position, [row["loss"] for row in steps], color=blue)
+    axes[0, 0].set(xlabel="optimizer step", ylabel="loss (nats²)", yscale="log", title="Loss")
+    axes[0, 1].plot(position, [row["best_log_ratio"] for row in steps], color=blue, label="highest target")
+    axes[0, 1].plot(position, [row["worst_log_ratio"] for row in steps], color=orange, label="lowest target")
+    axes[0, 1].set(xlabel="optimizer step", ylabel="log π_θ/π_t (nats)", title="Log-ratio of trained responses")
+    axes[1, 0].plot(number, [row["best_win_rate"] for row in rounds], "o-", color=blue, label="best of K")
+    axes[1, 0].plot(number, [row["worst_win_rate"] for row in rounds], "s-", color=orange, label="worst of K")
+    axes[1, 0].axhline(0.5, color=grey, linewidth=0.8)
+    axes[1, 0].set(xlabel="round", ylabel="win rate against π_t", title="Spread of win rates", ylim=(0, 1))
+    axes[1, 1].plot(number, [row["mean_tokens"] for row in rounds], "o-", color=blue)
+    axes[1, 1].set(xlabel="round", ylabel="tokens", title="Mean length of a response")
+    axes[1, 1].set_ylim(bottom=0)
+    for axis in (axes[0, 1], axes[1, 0]):
+        axis.legend(frameon=False)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def main(arguments=None):
+    config = parse_config(arguments)
+    try:
+        if config.policy == PRESETS["debug"]["policy"] and not Path(config.policy).is_dir():
+            from toy.text_game import build_untrained  # the debug preset brings its own world
+
+            build_untrained(Path(config.policy).parent)
+        run(config)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"train.py: stopped; the same command continues behind the last finished stage in {config.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
