@@ -31,6 +31,7 @@ class Tokenizer:
             raise ValueError(f"{path}: not a tokenizer.json that the tokenizers library reads: {error}") from None
         self.backend.encode_special_tokens = True  # a user's literal "</s>" stays text
         self.bos, self.eos = self._special("bos_token"), self._special("eos_token")
+        self.files = {name: (self.folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
 
     def _special(self, key):
         path = self.folder / "tokenizer_config.json"
@@ -89,9 +90,9 @@ class Tokenizer:
         return [self.bos] + self.encode(text + response) + [self.eos]
 
     def copy_to(self, folder):
-        """Put the tokenizer's files into a checkpoint folder."""
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(self.folder / name, Path(folder) / name)
+        """Put the tokenizer's files into a checkpoint folder, as they were read."""
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def whole(path):
         remove(old)
     except OSError as error:
         remove(temporary)
-        raise OSError(f"{path}: could not be written: {error.strerror or error}; what was there before is untouched") from error
+        raise OSError(f"{path}: could not be written: {error}; what was there before is untouched") from error
     except BaseException:
         remove(temporary)
         raise

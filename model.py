@@ -71,6 +71,7 @@ class ModelConfig:
         for rope in ropes:
             if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
                 refuse("rope_type", '"default" (scaled rotary embeddings are not implemented)', rope_type)
+        theta = [rope["rope_theta"] for rope in ropes if "rope_theta" in rope]
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", '"silu"', raw["hidden_act"])
         for key in ("attention_bias", "mlp_bias"):
@@ -78,7 +79,7 @@ class ModelConfig:
                 refuse(key, "false (biases are not implemented)", raw[key])
 
         values = DEFAULTS_OF_BOTH | DEFAULTS[kind] | {"dtype": raw.get("torch_dtype") or "float32"}
-        values |= {"rope_theta": rope["rope_theta"] for rope in ropes if "rope_theta" in rope}
+        values |= {"rope_theta": theta[-1]} if theta else {}
         values |= {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
         if kind == "llama":
             values["sliding_window"] = None
@@ -251,11 +252,11 @@ class Transformer(nn.Module):
         write_json(Path(folder) / "config.json", dataclasses.replace(self.config, dtype=dtype).to_json())
 
 
-def initialize(module, generator, std=0.02):
-    """Random weights: normal matrices, norms of one. The same generator state gives the same weights."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0, std, generator=generator) if parameter.dim() > 1 else parameter.fill_(1)
+@torch.no_grad()
+def initialize(module, generator):
+    """Random weights: matrices normal with variance 1/(columns), norms one. The generator's state decides them all."""
+    for parameter in module.parameters():
+        parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator) if parameter.dim() > 1 else parameter.fill_(1)
     return module
 
 

@@ -105,7 +105,7 @@ class PreferenceModel(nn.Module):
         path = Path(folder) / "config.json"
         head = read_json(path).get("preference_head")
         if head is None:
-            raise ValueError(f"{path}: has no preference_head; a judge is a checkpoint with its head, as `prefmodel.py train` writes it")
+            raise ValueError(f"{path}: has no preference_head, expected a judge as `prefmodel.py train` writes it")
         judge = transformer.load_pretrained(cls, transformer.ModelConfig.from_json(path), folder, dtype, device, **head)
         judge.tokenizer = Tokenizer(folder)
         return judge
@@ -145,7 +145,7 @@ def train_preference_model(judge, pairs, epochs, lr, batch, generator, progress=
     Hard labels are probabilities of 1; shares of votes are soft labels. AdamW, learning rate falling linearly to 0.
     """
     steps, total = [], epochs * -(-len(pairs) // batch)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
     for _ in range(epochs):
         for indices in torch.randperm(len(pairs), generator=generator).split(batch):
             chunk = [pairs[i] for i in indices.tolist()]

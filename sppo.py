@@ -158,7 +158,8 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
     win_rate = win_rates(preference)  # (N, K)
 
     # Line 5: winner and loser, or all K; π_t is the policy before its first step, so no second model is needed.
-    chosen = torch.stack(best_and_worst(win_rate), 1) if config.select == "best-worst" else _all(win_rate)  # (N, S)
+    everybody = torch.arange(win_rate.shape[1]).expand_as(win_rate)  # (N, K)
+    chosen = torch.stack(best_and_worst(win_rate), 1) if config.select == "best-worst" else everybody  # (N, S)
     selected = [[row[k] for k in ks] for row, ks in zip(responses, chosen.tolist())]
     logp = memo("logps", lambda: score(game, prompts, selected, config))  # (N, S): log π_t(y|x)
 
@@ -239,7 +240,3 @@ def step_numbers(epoch, loss, log_ratio, target, norm, lr):
         "gradient_norm": norm.item(),
         "lr": lr,
     }
-
-
-def _all(win_rate):
-    return torch.arange(win_rate.shape[-1], device=win_rate.device).expand_as(win_rate)

@@ -12,6 +12,7 @@ even, continues behind its last finished stage when the same command is given ag
 import argparse
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 import resource
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import TEMPLATES, Prompt, Tokenizer, pad_responses, prompt_text, read_json, read_lines, read_prompts
-from data import whole, write_json, write_lines
+from data import remove, whole, write_json, write_lines
 from model import DTYPES, Transformer, generate, load_weights
 from prefmodel import load_judge
 from sppo import PAIR_LOSSES, TARGETS, RoundConfig, score, sequence_logps, sppo_round, win_rates
@@ -158,6 +159,12 @@ class TextGame:
         if self.progress is not None:
             self.progress.update(len(prompts))
         return logps.cpu()
+
+    def log(self, **step):
+        """Called after each optimizer step: seen in the bar and in metrics.jsonl, which is rewritten behind the round."""
+        self.progress.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
+        with open(Path(self.config.out) / "metrics.jsonl", "a") as file:
+            print(json.dumps({"round": self.number} | step), file=file)
 
     def previous(self, prompts, responses):
         """Win rates (N, K) of the responses against as many of π_{t-1}, which in round 1 is π_1 itself."""
@@ -295,53 +302,44 @@ def load_prompts(config, tokenizer):
     if config.reuse_prompts:
         return [prompts] * config.rounds
     if len(prompts) < config.rounds:
-        raise ValueError(f"{config.prompts}: {len(prompts)} prompts cannot be split over --rounds {config.rounds}; add --reuse-prompts")
+        raise ValueError(f"{config.prompts}: {len(prompts)} prompts are fewer than --rounds {config.rounds}; add --reuse-prompts")
     return [prompts[t :: config.rounds] for t in range(config.rounds)]
+
+
+def load(config):
+    """The policy, tokenizer and judge of a run and its prompts, one list a round; refuses what does not fit together."""
+    tokenizer = Tokenizer(config.policy)
+    prompts = load_prompts(config, tokenizer)
+    policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
+    vocabulary, context = policy.config.vocab_size, policy.config.max_position_embeddings
+    if tokenizer.vocab_size > vocabulary:
+        raise ValueError(f"{config.policy}: tokenizer.json has {tokenizer.vocab_size} tokens, vocab_size is {vocabulary}")
+    for prompt in itertools.chain(*prompts):
+        if len(prompt.ids) + config.max_new_tokens > context:
+            raise ValueError(
+                f"{config.prompts}: prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with "
+                f"--max-new-tokens {config.max_new_tokens} is more than the policy's context of {context}"
+            )
+    return policy, tokenizer, load_judge(config.judge, config.device), prompts
 
 
 def run(config):
     """Play all rounds of a run, or those that are missing. Returns the lines of metrics.jsonl."""
     check(config)
-    tokenizer = Tokenizer(config.policy)
-    prompts = load_prompts(config, tokenizer)
-    policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
-    if tokenizer.vocab_size > policy.config.vocab_size:
-        raise ValueError(
-            f"{config.policy}: tokenizer.json has {tokenizer.vocab_size} tokens, but the model's vocab_size is {policy.config.vocab_size}"
-        )
-    check_lengths(config, policy, [prompt for part in prompts[: 1 if config.reuse_prompts else None] for prompt in part])
-    judge = load_judge(config.judge, config.device)
+    policy, tokenizer, judge, prompts = load(config)
     claim(config)
-
-    metrics_path, lines, drawn = Path(config.out) / "metrics.jsonl", [], time.monotonic()
+    out, lines, drawn = Path(config.out), [], time.monotonic()
     for number, part in enumerate(prompts, 1):
-        game = TextGame(config, policy, tokenizer, judge, number)
-
-        def log(**step):
-            game.progress.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
-            with open(metrics_path, "a") as file:  # seen while the stage runs; rewritten whole behind it
-                print(json.dumps({"round": number} | step), file=file)
-
-        start = time.monotonic()
-        result = sppo_round(game, part, config, game.generator(1), Stages(config, game, part), log)
+        start, game = time.monotonic(), TextGame(config, policy, tokenizer, judge, number)
+        result = sppo_round(game, part, config, game.generator(1), Stages(config, game, part), game.log)
         lines += [{"round": number} | step for step in result["steps"]]
         lines.append(summary(number, result, tokenizer.eos))
-        write_lines(metrics_path, lines)
+        write_lines(out / "metrics.jsonl", lines)
         print(describe(lines[-1], config), f"{time.monotonic() - start:.1f} s, {peak_memory(config):.2f} GB", flush=True)
         if number == config.rounds or time.monotonic() - drawn > 60:
-            draw(lines, Path(config.out) / "curves.png")
+            draw(lines, out / "curves.png")
             drawn = time.monotonic()
     return lines
-
-
-def check_lengths(config, policy, prompts):
-    context = policy.config.max_position_embeddings
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt.ids) + config.max_new_tokens > context:
-            raise ValueError(
-                f"{config.prompts}: prompt {prompt.text[:40]!r} has {len(prompt.ids)} tokens, with --max-new-tokens "
-                f"{config.max_new_tokens} more than the policy's context of {context}"
-            )
 
 
 def summary(number, result, stop_token):
@@ -393,13 +391,21 @@ def draw(lines, path):
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def prepare_debugging(config):
+    """The debug preset brings a world of its own, and its run starts afresh every time."""
+    from toy.text_game import build_untrained  # the only thing here that knows a toy
+
+    if not Path(config.policy).is_dir():
+        build_untrained(Path(config.policy).parent)
+    if config.out == PRESETS["debug"]["out"]:
+        remove(Path(config.out))
+
+
 def main(arguments=None):
     config = parse_config(arguments)
     try:
-        if config.policy == PRESETS["debug"]["policy"] and not Path(config.policy).is_dir():
-            from toy.text_game import build_untrained  # the debug preset brings its own world
-
-            build_untrained(Path(config.policy).parent)
+        if config.policy == PRESETS["debug"]["policy"]:
+            prepare_debugging(config)
         run(config)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

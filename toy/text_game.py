@@ -131,7 +131,7 @@ def build(world, seed=0, strengths=STRENGTHS, pairs=20_000):
     """Write the world's folders: policy/, judge/, prompts.jsonl, pairs.jsonl, world.json."""
     world, generator = Path(world), torch.Generator().manual_seed(seed)
     write_lines(world / "prompts.jsonl", [{"prompt": prompt} for prompt in SUMS])
-    model = initialize(Transformer(model_config()), generator, std=0.05)
+    model = initialize(Transformer(model_config()), generator)
     with whole(world / "policy") as folder:
         folder.mkdir()
         write_tokenizer(folder)
@@ -141,7 +141,7 @@ def build(world, seed=0, strengths=STRENGTHS, pairs=20_000):
     judged = read_pairs(world / "pairs.jsonl")
     judge = PreferenceModel.from_backbone(world / "policy", generator, scalar=True, cyclic=2, template="plain")
     with tqdm(total=4 * len(judged), unit="pair", desc="learned judge") as progress:
-        train_preference_model(judge, judged, epochs=4, lr=2e-3, batch=250, generator=generator, progress=progress)
+        train_preference_model(judge, judged, epochs=4, lr=1e-3, batch=250, generator=generator, progress=progress)
     judge.save_pretrained(world / "judge")
     write_json(world / "world.json", {"seed": seed, "strengths": list(strengths), "quality": QUALITY})
 
@@ -152,7 +152,7 @@ def build_untrained(world):
         folder.mkdir(parents=True)
         write_tokenizer(folder)
         generator = torch.Generator().manual_seed(0)
-        initialize(Transformer(model_config(layers=1, width=16)), generator, std=0.3).write_pretrained(folder)
+        initialize(Transformer(model_config(layers=1, width=16)), generator).write_pretrained(folder)
     write_lines(Path(world) / "prompts.jsonl", [{"prompt": "3+4="}, {"prompt": "5+9="}])
     write_json(Path(world) / "world.json", {"seed": 0, "strengths": list(STRENGTHS), "quality": QUALITY})
 
@@ -254,7 +254,8 @@ def draw(result, path):
 
     rounds = range(len(result["rounds"]) + 1)
     curve.plot(rounds, [row["exploitability"] for row in start + result["rounds"]], color=orange, label="policy of each round")
-    curve.plot(rounds[1:], [row["exploitability"] for row in result["averages"]], color=blue, label="average of the rounds so far")
+    average = [row["exploitability"] for row in result["averages"]]
+    curve.plot(rounds[1:], average, color=blue, label="average of the rounds so far")
     curve.plot(rounds, [1 - row["right"] for row in start + result["rounds"]], ":", color=green, label="wrong answers (share)")
     curve.set(xlabel="round", ylabel="exploitability (win rate above ½)", title="Exact exploitability", ylim=(0, None))
     curve.legend(frameon=False)

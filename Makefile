@@ -1,0 +1,31 @@
+# Each target does its own set-up on a fresh machine: Python 3.11 or newer, pip and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := out/demo
+
+.PHONY: demo test clean
+
+demo: .venv/ready $(DEMO)/world/world.json  ## small world -> SPPO with a learned judge -> exact evaluation, figure
+	$(BIN)/python train.py --preset tiny --policy $(DEMO)/world/policy --judge $(DEMO)/world/judge \
+		--prompts $(DEMO)/world/prompts.jsonl --out $(DEMO)/run
+	$(BIN)/python -m toy.text_game measure $(DEMO)/world $(DEMO)/run
+	@cp $(DEMO)/run/measure.png figures/demo.png && echo "figure: figures/demo.png"
+
+$(DEMO)/world/world.json: | .venv/ready
+	$(BIN)/python -m toy.text_game build $(DEMO)/world
+
+test: .venv/ready-dev  ## lint, then every test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf out .venv
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

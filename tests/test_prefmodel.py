@@ -1,0 +1,282 @@
+"""Claims about prefmodel.py: what its scores can and cannot express, what it learns, and what it says when misused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import prefmodel
+from prefmodel import PreferenceModel, Rule, load_judge, train_preference_model
+from toy.text_game import build_untrained
+
+HEADS = {"scalar": (True, 0), "cyclic": (False, 2), "both": (True, 3)}
+TEXTS = ["7.", "7!", "8?", "12.", "", "777+=", "7."]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefmodel") / "world"
+    build_untrained(folder)
+    return folder / "policy"
+
+
+def make(backbone, heads="both", seed=0, spread=0.5):
+    """A judge with random heads, large enough that its preferences are far from ½."""
+    scalar, cyclic = HEADS[heads]
+    generator = torch.Generator().manual_seed(seed)
+    judge = PreferenceModel.from_backbone(backbone, generator, scalar=scalar, cyclic=cyclic, template="plain")
+    for head in (judge.scalar_head, judge.cyclic_head):
+        if head is not None:
+            torch.nn.init.normal_(head.weight, 0, spread, generator=generator)
+    return judge
+
+
+def logits_of(judge, texts=TEXTS):
+    return torch.logit(judge.preferences("3+4=", texts).double())
+
+
+# ------------------------------------------------------------------------------------------------ what it can express
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_preferences_and_their_opposites_sum_to_one(backbone, heads):
+    P = make(backbone, heads).preferences("3+4=", TEXTS)
+    assert (P + P.T - 1).abs().max() < 1e-6 and (P.diagonal() == 0.5).all()
+    assert P.max() > 0.6
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_equal_texts_tie_and_fare_alike(backbone, heads):
+    P = make(backbone, heads).preferences("3+4=", TEXTS)
+    assert P[0, 6].item() == pytest.approx(0.5, abs=1e-6) and torch.allclose(P[0], P[6], atol=1e-6)
+
+
+def test_scalar_head_is_bradley_terry(backbone):
+    """logit P(i > k) = logit P(i > j) + logit P(j > k) for all i, j, k."""
+    L = logits_of(make(backbone, "scalar"))
+    assert (L[:, None, :] - (L[:, :, None] + L[None])).abs().max() < 1e-3
+
+
+def test_cyclic_head_is_not_transitive(backbone):
+    L = logits_of(make(backbone, "cyclic"))
+    assert (L[:, None, :] - (L[:, :, None] + L[None])).abs().max() > 0.1
+
+
+def test_the_heads_add_up(backbone):
+    judge = make(backbone, "both")
+    whole, scalar, judge.scalar_head = logits_of(judge), judge.scalar_head, None
+    cyclic, judge.scalar_head, judge.cyclic_head = logits_of(judge), scalar, None
+    assert torch.allclose(whole, logits_of(judge) + cyclic, atol=1e-5)
+
+
+def test_cyclic_logit_by_hand():
+    """v = (1, 0), (0, 1), (-1, -1): each beats the next by a logit of 1, a circle."""
+    v = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+    assert prefmodel.preference_logits(torch.zeros(3), v).tolist() == [[0, 1, -1], [-1, 0, 1], [1, -1, 0]]
+
+
+def test_a_model_without_heads_is_refused(backbone):
+    with pytest.raises(ValueError, match="needs a scalar head or a cyclic head"):
+        PreferenceModel.from_backbone(backbone, torch.Generator(), scalar=False, cyclic=0)
+
+
+# ------------------------------------------------------------------------------------------------ what it learns
+
+
+def learn(backbone, heads, wins, epochs=60, lr=1e-2):
+    judge = make(backbone, heads, spread=0.3)
+    pairs = [{"prompt": "3+4=", "chosen": a, "rejected": b, "probability": p} for a, b, p in wins]
+    train_preference_model(judge, pairs, epochs, lr, len(pairs), torch.Generator().manual_seed(0))
+    return judge
+
+
+CYCLE = [("7.", "7!", 1.0), ("7!", "7?", 1.0), ("7?", "7.", 1.0)]
+
+
+@pytest.mark.parametrize(("heads", "low", "high"), [("cyclic", 0.9, 1.0), ("both", 0.9, 1.0), ("scalar", 0.4, 0.6)])
+def test_a_cycle_is_learned_with_a_cyclic_head_only(backbone, heads, low, high):
+    P = learn(backbone, heads, CYCLE, epochs=300, lr=3e-3).preferences("3+4=", ["7.", "7!", "7?"])
+    assert all(low < p < high for p in (P[0, 1], P[1, 2], P[2, 0]))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_soft_label_is_learned_as_a_probability(backbone, heads):
+    judge = learn(backbone, heads, [("7.", "7!", 0.7)])
+    assert judge.preferences("3+4=", ["7.", "7!"])[0, 1].item() == pytest.approx(0.7, abs=0.03)
+
+
+def test_training_reports_loss_and_accuracy_of_each_step(backbone):
+    """A pair that is a tie has no right answer."""
+    judge = make(backbone)
+    pairs = [{"prompt": "3+4=", "chosen": "7.", "rejected": "7!", "probability": p} for p in (0.5, 0.5)]
+    steps = train_preference_model(judge, pairs, 3, 1e-3, 1, torch.Generator().manual_seed(0))
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(step["accuracy"] is None and step["loss"] > 0 for step in steps)
+
+
+# ------------------------------------------------------------------------------------------------ batching, saving
+
+
+def test_padding_and_batching_do_not_change_preferences(backbone):
+    judge = make(backbone)
+    prompts, responses = ["3+4=", "5+9=5+9=5+9=5+9=", "1"], [TEXTS, TEXTS[::-1], ["7", "123456789", "8", ".", "!!", "=", "0"]]
+    together = judge.preferences_many(prompts, responses)
+    in_twos = judge.preferences_many(prompts, responses, rows=2)
+    alone = torch.stack([judge.preferences(prompt, row) for prompt, row in zip(prompts, responses)])
+    assert (together - alone).abs().max() < 1e-5 and (together - in_twos).abs().max() < 1e-5
+
+
+def test_order_of_responses_only_permutes_the_table(backbone):
+    judge, order = make(backbone), [3, 1, 0, 2]
+    P, texts = judge.preferences("3+4=", TEXTS[:4]), [TEXTS[i] for i in order]
+    assert torch.allclose(judge.preferences("3+4=", texts), P[order][:, order], atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_saved_judge_has_identical_preferences(backbone, tmp_path, heads):
+    judge = make(backbone, heads)
+    judge.save_pretrained(tmp_path / "judge")
+    loaded = load_judge(str(tmp_path / "judge"))
+    assert torch.equal(loaded.preferences("3+4=", TEXTS), judge.preferences("3+4=", TEXTS))
+    assert loaded.template == "plain"
+
+
+def test_a_judge_made_of_a_bfloat16_backbone_is_loaded_as_it_was_saved(shared, tmp_path):
+    """Training is in float32, and so is the saved judge."""
+    judge = PreferenceModel.from_backbone(shared / "tiny-mistral/chat32k", torch.Generator().manual_seed(0), template="mistral")
+    judge.save_pretrained(tmp_path / "judge")
+    texts = ["Rayleigh scattering.", "It is not blue."]
+    assert torch.equal(load_judge(str(tmp_path / "judge")).preferences("Why?", texts), judge.preferences("Why?", texts))
+
+
+def test_a_text_longer_than_the_context_is_judged_by_its_beginning(backbone):
+    """The context of this world is 32 tokens: what differs behind it cannot count, what differs before it does."""
+    P = make(backbone).preferences("3+4=", ["1" * 50, "1" * 50 + "2", "2" + "1" * 50])
+    assert P[0, 1] == 0.5 != P[0, 2]
+
+
+# ------------------------------------------------------------------------------------------------ rules
+
+
+def by_length(prompt, responses, scale=1.0):
+    length = torch.tensor([float(len(text)) for text in responses])
+    return torch.sigmoid(scale * (length[:, None] - length))
+
+
+def test_a_rule_is_found_by_module_and_function():
+    P = load_judge("toy.text_game:oracle").preferences("3+4=", ["7.", "7!", "8."])
+    assert torch.allclose(P, torch.tensor([[0.5, 0.9, 0.95], [0.1, 0.5, 0.95], [0.05, 0.05, 0.5]]))
+
+
+def test_a_rule_takes_json_arguments_behind_a_second_colon():
+    P = load_judge('toy.text_game:oracle:{"strengths": [0.6, 0.7, 0.8]}').preferences("3+4=", ["7.", "7!", "7?"])
+    assert P[0, 1].item() == pytest.approx(0.6) and P[1, 2].item() == pytest.approx(0.7)
+
+
+def test_a_rule_in_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_rule_of_thumb.py").write_text("def judge(prompt, responses):\n    return [[0.5, 0.25], [0.75, 0.5]]\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_judge("my_rule_of_thumb:judge").preferences("p", ["a", "b"]).tolist() == [[0.5, 0.25], [0.75, 0.5]]
+
+
+def test_rules_judge_many_prompts():
+    tables = Rule(by_length, scale=2.0).preferences_many(["p", "q"], [["a", "bb"], ["cc", "d"]])
+    assert tables.shape == (2, 2, 2) and tables[0, 1, 0] == tables[1, 0, 1] > 0.8
+
+
+@pytest.mark.parametrize("table", [[[0.5, 0.5]], [0.5, 0.5], [[[0.5]]], 0.5])
+def test_a_rule_that_returns_the_wrong_shape_is_named(table):
+    def lopsided(prompt, responses):
+        return table
+
+    with pytest.raises(ValueError, match=r"lopsided returned shape .* for 2 responses, expected K × K"):
+        Rule(lopsided).preferences("p", ["a", "b"])
+
+
+def test_a_rule_that_returns_nothing_is_named():
+    def absent_minded(prompt, responses):
+        return None
+
+    with pytest.raises(ValueError, match="absent_minded returned"):
+        Rule(absent_minded).preferences("p", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("no/such/folder", "judge no/such/folder: no such folder, and not of the form module:function"),
+        ("no_such_module:f", "judge no_such_module:f: No module named 'no_such_module'"),
+        ("toy.text_game:no_such_rule", "judge toy.text_game:no_such_rule: .*has no attribute 'no_such_rule'"),
+        ("toy.text_game:oracle:{strengths}", "judge toy.text_game:oracle:.*: the arguments are not JSON"),
+        ("toy.text_game:oracle:[1]", r"judge toy.text_game:oracle:\[1\]: .*JSON"),
+        (":oracle", "judge :oracle: .*module"),
+    ],
+)
+def test_a_judge_that_is_not_there_is_named(spec, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_judge(spec)
+
+
+def test_an_empty_module_name_is_not_called_broken_json():
+    with pytest.raises((ValueError, FileNotFoundError), match="^(?!.*arguments are not JSON)"):
+        load_judge(":oracle")
+
+
+def test_a_checkpoint_without_a_head_is_refused(backbone):
+    with pytest.raises(ValueError, match="config.json: has no preference_head"):
+        load_judge(str(backbone))
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def command(monkeypatch, capsys, *arguments):
+    """Exit code and standard error of `python prefmodel.py train ...`, without a new process."""
+    monkeypatch.setattr("sys.argv", ["prefmodel.py", "train", *map(str, arguments)])
+    code = prefmodel.main()
+    return code, capsys.readouterr().err.strip()
+
+
+def test_train_writes_a_judge_from_real_pairs(shared, tmp_path, monkeypatch, capsys):
+    with open(shared / "pandalm/pairs.jsonl", encoding="utf-8") as file:
+        (tmp_path / "pairs.jsonl").write_text("".join(file.readlines()[:40]), encoding="utf-8")
+    folder = shared / "tiny-mistral/chat32k"
+    flags = ["--pairs", tmp_path / "pairs.jsonl", "--backbone", folder, "--out", tmp_path / "judge", "--epochs", 1, "--batch", 10]
+    assert command(monkeypatch, capsys, *flags)[0] == 0
+    P = load_judge(str(tmp_path / "judge")).preferences("Why is the sky blue?", ["Rayleigh.", "It is not."])
+    assert P[0, 1] != 0.5 and P[0, 1] + P[1, 0] == 1
+    assert len((tmp_path / "judge/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_training_twice_from_one_seed_gives_one_judge(backbone, tmp_path, monkeypatch, capsys):
+    row = {"prompt": "3+4=", "chosen": "7.", "rejected": "8."}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | {"probability": p}) + "\n" for p in (1, 0.5, 0.7)))
+    for name in "ab":
+        flags = ["--pairs", tmp_path / "pairs.jsonl", "--backbone", backbone, "--out", tmp_path / name, "--template", "plain"]
+        assert command(monkeypatch, capsys, *flags, "--seed", 3, "--batch", 2)[0] == 0
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_a_missing_pairs_file_ends_the_command_with_one_line(backbone, tmp_path):
+    flags = ["--pairs", tmp_path / "none.jsonl", "--backbone", backbone, "--out", tmp_path / "judge"]
+    done = subprocess.run([sys.executable, ROOT / "prefmodel.py", "train", *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"prefmodel.py: {tmp_path}/none.jsonl: no such file\n"
+
+
+def test_a_broken_pairs_line_ends_the_command_with_one_line(backbone, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": \n')
+    flags = ["--pairs", tmp_path / "pairs.jsonl", "--backbone", backbone, "--out", tmp_path / "judge"]
+    code, error = command(monkeypatch, capsys, *flags)
+    assert code == 2 and error.startswith(f"prefmodel.py: {tmp_path}/pairs.jsonl, line 2: not valid JSON")
+    assert len(error.splitlines()) == 1 and not (tmp_path / "judge").exists()
+
+
+def test_a_missing_backbone_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    flags = ["--pairs", tmp_path / "pairs.jsonl", "--backbone", tmp_path / "no", "--out", tmp_path / "judge"]
+    code, error = command(monkeypatch, capsys, *flags)
+    assert code == 2 and f"{tmp_path}/no" in error and len(error.splitlines()) == 1

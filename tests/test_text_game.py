@@ -1,0 +1,189 @@
+"""Claims about toy/text_game.py: the oracle by hand, and exact shares against an enumeration of every token sequence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_run
+
+from data import Tokenizer, pad_responses, read_pairs
+from model import Transformer, initialize
+from sppo import sequence_logps, win_rates
+from toy import text_game
+from toy.text_game import (
+    CLASSES,
+    SUMS,
+    build_untrained,
+    class_shares,
+    classify,
+    describe,
+    draw_pairs,
+    measure,
+    model_config,
+    oracle,
+    payoff,
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------ the rules
+
+
+@pytest.mark.parametrize(
+    ("response", "kind"),
+    [
+        ("7.", "right."), ("7!", "right!"), ("7?", "right?"), ("8.", "wrong."), ("77?", "wrong?"), ("0!", "wrong!"),
+        ("07.", "malformed"), ("7", "malformed"), ("7..", "malformed"), (".7", "malformed"), ("", "malformed"),
+        ("777.", "malformed"), ("7.\n", "malformed"), ("٧.", "malformed"), ("7 .", "malformed"), ("+7.", "malformed"),
+    ],
+)  # fmt: skip
+def test_responses_are_classified_by_number_and_ending(response, kind):
+    assert CLASSES[classify("3+4=", response)] == kind
+
+
+def test_payoff_is_a_preference():
+    table = payoff()
+    assert torch.allclose(table + table.T, torch.ones(7, 7, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert win_rates(table).mean().item() == pytest.approx(0.5)
+
+
+def test_oracle_by_hand():
+    """Right beats wrong .95 and wrong beats malformed .95 whatever the endings; equals meet in the circle of endings."""
+    table = oracle("3+4=", ["7.", "7!", "7?", "8.", "8!", "x"])
+    expected = [
+        [0.5, 0.9, 0.2, 0.95, 0.95, 0.95], [0.1, 0.5, 0.9, 0.95, 0.95, 0.95], [0.8, 0.1, 0.5, 0.95, 0.95, 0.95],
+        [0.05, 0.05, 0.05, 0.5, 0.9, 0.95], [0.05, 0.05, 0.05, 0.1, 0.5, 0.95], [0.05, 0.05, 0.05, 0.05, 0.05, 0.5],
+    ]  # fmt: skip
+    assert torch.allclose(table, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_oracle_takes_other_strengths():
+    assert oracle("3+4=", ["7.", "7!"], strengths=[0.6, 0.9, 0.8])[0, 1].item() == pytest.approx(0.6)
+
+
+def test_oracle_judges_by_the_prompt():
+    assert oracle("5+9=", ["14.", "7."])[0, 1].item() == pytest.approx(0.95)
+
+
+def test_there_are_a_hundred_sums():
+    assert len(SUMS) == 100 and SUMS["9+9="] == 18 and set(SUMS.values()) == set(range(19))
+
+
+def test_labels_of_pairs_are_coin_flips_of_the_oracle(tmp_path):
+    """The chosen one of a right and a wrong answer is right in 95 %: of about 1,500 such pairs, within 5 standard errors."""
+    pairs = draw_pairs(4000, (0.9, 0.9, 0.8), torch.Generator().manual_seed(0))
+    quality = [[classify(pair["prompt"], pair[side]) // 3 for side in ("chosen", "rejected")] for pair in pairs]
+    unequal = [chosen < rejected for chosen, rejected in quality if {chosen, rejected} == {0, 1}]
+    error = (0.95 * 0.05 / len(unequal)) ** 0.5
+    assert len(unequal) > 1000 and abs(sum(unequal) / len(unequal) - 0.95) < 5 * error
+
+
+# ------------------------------------------------------------------------------------------------ exact shares
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text-game") / "world"
+    build_untrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Weights so small that every token is about as likely as every other, and so no class is rare."""
+    return initialize(Transformer(model_config(layers=1, width=16)), torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def shares(world, model):
+    return class_shares(model, Tokenizer(world / "policy"))
+
+
+def test_class_shares_sum_to_one(shares):
+    assert shares.shape == (100, 7) and shares.min() >= 0
+    assert torch.allclose(shares.sum(1), torch.ones(100, dtype=torch.float64), atol=1e-9)
+
+
+def test_class_shares_equal_the_enumeration_of_all_token_sequences(world, model, shares):
+    """Every sequence of up to 3 tokens and the stop token, decoded and classified. A response with <unk> or <s> in it,
+    which decoding hides, counts as malformed; so does one that has not stopped after four tokens."""
+    tokenizer = Tokenizer(world / "policy")
+    prompt, others = "3+4=", [token for token in range(18) if token != tokenizer.eos]
+    bodies = [[]]
+    for _ in range(3):
+        bodies += [body + [token] for body in bodies if len(body) == max(map(len, bodies)) for token in others]
+    assert len(bodies) == 1 + 17 + 17**2 + 17**3
+    responses = [body + [tokenizer.eos] for body in bodies]
+    with torch.no_grad():
+        tokens, mask = pad_responses([tokenizer.prompt_ids(prompt, "plain")] * len(responses), responses)
+        probability = sequence_logps(model(tokens), tokens, mask).double().exp()
+    kinds = [6 if {0, 1} & set(body) else classify(prompt, tokenizer.decode(body)) for body in bodies]
+    exact = torch.zeros(7, dtype=torch.float64).index_add_(0, torch.tensor(kinds), probability)
+    exact[6] += 1 - probability.sum()
+    row = list(SUMS).index(prompt)
+    assert (exact - shares[row]).abs().max() < 1e-6
+    assert exact[:6].min() > 1e-5
+
+
+def test_describe_by_hand():
+    """Two prompts: always `right.`, and always `wrong!`. Best replies win .8 and .95, so the mean over ½ is .375."""
+    shares = torch.zeros(2, 7, dtype=torch.float64)
+    shares[0, CLASSES.index("right.")] = shares[1, CLASSES.index("wrong!")] = 1
+    row = describe(shares, payoff())
+    assert row["right"] == 0.5 and row["endings"] == [0.5, 0.5, 0] and row["malformed"] == 0
+    assert row["exploitability"] == pytest.approx(0.375)
+
+
+# ------------------------------------------------------------------------------------------------ measuring a run
+
+
+@pytest.fixture(scope="module")
+def measured(world):
+    run = world.parent / "run"
+    tiny_run(world, run, rounds=2)
+    measure(world, run)
+    return run, json.loads((run / "measure.json").read_text())
+
+
+def test_measure_writes_numbers_and_a_figure(measured):
+    run, result = measured
+    assert {"base", "last", "average", "rounds", "equilibrium"} <= result.keys()
+    for row in (result["base"], result["last"], result["average"], *result["rounds"]):
+        assert {"right", "endings", "malformed", "exploitability"} <= row.keys()
+    assert (run / "measure.png").stat().st_size > 10_000
+
+
+def test_last_and_average_are_those_of_the_rounds(measured):
+    _, result = measured
+    first, last = result["rounds"]
+    assert result["last"] == last and first != last != result["base"] != first
+    assert result["average"]["right"] == pytest.approx((first["right"] + last["right"]) / 2)
+    assert result["average"]["malformed"] == pytest.approx((first["malformed"] + last["malformed"]) / 2)
+
+
+def test_equilibrium_is_always_right_with_mixed_endings(measured):
+    assert measured[1]["equilibrium"] == pytest.approx([4 / 11, 3 / 11, 4 / 11], abs=1e-9)
+
+
+def test_a_folder_without_rounds_is_named(world, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no round-01/policy"):
+        measure(world, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def test_build_writes_the_folders_that_train_takes(tmp_path, monkeypatch, capsys):
+    """With two steps of training in place of 600, and 50 pairs: the layout, not the quality."""
+    train_base = text_game.train_base
+    monkeypatch.setattr(text_game, "train_base", lambda model, tokenizer, steps, batch, g: train_base(model, tokenizer, 2, 8, g))
+    monkeypatch.setattr("sys.argv", ["text_game", "build", str(tmp_path / "world"), "--pairs", "50"])
+    assert text_game.main() == 0
+    assert len(read_pairs(tmp_path / "world/pairs.jsonl")) == 50
+    result = tiny_run(tmp_path / "world", tmp_path / "run", judge=str(tmp_path / "world/judge"), rounds=1)
+    assert Path(tmp_path / "run/round-01/policy/model.safetensors").is_file() and result
+
+
+def test_measure_of_a_missing_run_ends_with_one_line(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["text_game", "measure", str(world), str(tmp_path / "nowhere")])
+    assert text_game.main() == 2
+    assert "nowhere" in capsys.readouterr().err.strip().splitlines()[-1]

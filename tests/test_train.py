@@ -1,0 +1,599 @@
+"""Claims about train.py: what a run leaves on disk, that nothing which stops it changes its numbers, and what it says.
+
+Runs are of the untrained small world, a fraction of a second long. Those that are to be killed, or to meet a full disk,
+are played in processes forked from a server that has imported everything.
+"""
+
+import builtins
+import functools
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # noqa: F401  the first optimizer imports it, a second and a half: once here, not in every child
+from conftest import ROOT, letters, tiny_settings
+from safetensors.torch import load_file
+
+import model as transformer
+import train
+from data import Tokenizer
+from model import Transformer, initialize
+from prefmodel import PreferenceModel
+from sppo import TARGETS
+from toy.text_game import build_untrained, model_config
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "world"
+    build_untrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def draw(monkeypatch):
+    """No figure, which takes half a second; the function that draws it, for the one test that wants it."""
+    draw = train.draw
+    monkeypatch.setattr(train, "draw", lambda lines, path: None)
+    return draw
+
+
+def run(world, out, **changes):
+    return train.run(tiny_settings(world, out, **changes))
+
+
+def flags(config):
+    """The command line that gives these settings."""
+    given = []
+    for name, value in asdict(config).items():
+        flag = "--" + name.replace("_", "-")
+        given += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)] * (value is not None)
+    return given
+
+
+def refused(capsys, world, out, *more, **changes):
+    """The one line with which the command ends, exit code 2."""
+    assert train.main([*flags(tiny_settings(world, out, **changes)), *more]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = [line for line in re.split("[\r\n]", error) if line.startswith("train.py: ")]
+    return line
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def content(folder):
+    """{path: bytes} of what a run must come to whatever stopped it: all but timings and the figure."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name not in ("timings.jsonl", "curves.png")}
+
+
+def write_prompts(path, *prompts):
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_writes_every_file_of_the_design(world, tmp_path, draw, monkeypatch):
+    monkeypatch.setattr(train, "draw", draw)
+    run(world, tmp_path / "run")
+    stages = ["responses.jsonl", "preferences.safetensors", "logps.safetensors"]
+    checkpoint = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    for number in ("round-01", "round-02"):
+        for name in (*stages, *(f"policy/{name}" for name in checkpoint)):
+            assert (tmp_path / "run" / number / name).is_file(), name
+    assert (tmp_path / "run/curves.png").stat().st_size > 10_000
+    assert not [*(tmp_path / "run").rglob("*.tmp"), *(tmp_path / "run").rglob("*.old")]
+
+
+def test_config_json_holds_every_setting(world, tmp_path):
+    settings = tiny_settings(world, tmp_path / "run", eta=3.0)
+    train.run(settings)
+    assert json.loads((tmp_path / "run/config.json").read_text()).items() >= (asdict(settings).items() - {("out", settings.out)})
+
+
+def test_metrics_have_a_line_for_each_step_and_each_round(world, tmp_path):
+    """Two prompts in batches of 1, two epochs: four steps a round, then the round's own line."""
+    told = run(world, tmp_path / "run", batch=1)
+    written = lines(tmp_path / "run/metrics.jsonl")
+    assert written == told
+    assert [(row["round"], "loss" in row) for row in written] == [(t, i < 4) for t in (1, 2) for i in range(5)]
+    assert written[4]["first_loss"] == written[0]["loss"] and written[4]["last_loss"] == written[3]["loss"]
+
+
+def test_responses_hold_prompt_texts_and_the_sampled_tokens(world, tmp_path):
+    run(world, tmp_path / "run")
+    tokenizer, rows = Tokenizer(world / "policy"), lines(tmp_path / "run/round-01/responses.jsonl")
+    assert [row["prompt"] for row in rows] == ["3+4=", "5+9="]
+    assert all([tokenizer.decode(ids) for ids in row["tokens"]] == row["responses"] and len(row["tokens"]) == 3 for row in rows)
+
+
+def test_preferences_are_the_judges_with_their_win_rates(world, tmp_path):
+    run(world, tmp_path / "run")
+    stored = load_file(tmp_path / "run/round-01/preferences.safetensors")
+    expected = torch.stack([letters(None, row["responses"]) for row in lines(tmp_path / "run/round-01/responses.jsonl")])
+    assert stored["preferences"].dtype == torch.float32 and torch.allclose(stored["preferences"], expected)
+    assert torch.allclose(stored["win_rates"].mean(-1), torch.full((2,), 0.5), atol=1e-6)
+
+
+def test_each_round_starts_from_the_policy_of_the_round_before(world, tmp_path):
+    """Greedy decoding by the stored π_2 gives round 2's responses, all K alike."""
+    run(world, tmp_path / "run", temperature=0.0)
+    policy, tokenizer = Transformer.from_pretrained(tmp_path / "run/round-01/policy"), Tokenizer(world / "policy")
+    for row in lines(tmp_path / "run/round-02/responses.jsonl"):
+        greedy = transformer.generate(policy, [tokenizer.prompt_ids(row["prompt"], "plain")], 3, 4, tokenizer.eos, 0.0)[0]
+        assert row["tokens"] == greedy
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(world, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(world, tmp_path / name, seed=seed)
+    a, b, c = (content(tmp_path / name) for name in "abc")
+    assert a == b and a["round-01/responses.jsonl"] != c["round-01/responses.jsonl"]
+
+
+# ------------------------------------------------------------------------------------------------ every kind of run
+
+
+KINDS = {
+    "sppo": {}, "normalized": {"target": "normalized"}, "optimistic": {"target": "optimistic"},
+    "optimistic on new prompts": {"target": "optimistic", "reuse_prompts": False},
+    "regularized": {"target": "regularized", "tau": 0.5}, "best-worst": {"select": "best-worst"},
+    "moving reference": {"target": "regularized", "tau": 0.5, "reference_every": 2},
+    "rmsprop": {"optimizer": "rmsprop"}, "bfloat16": {"dtype": "bfloat16"}, "nucleus": {"top_p": 0.9, "temperature": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_loss_of_every_round_is_its_mean_squared_target(world, tmp_path, kind):
+    """All prompts in one batch: before the first step log π_θ/π_t is 0, so the right weights are in place again."""
+    told = run(world, tmp_path / "run", **({"rounds": 3} | KINDS[kind] | ({"rounds": 2} if "new" in kind else {})))
+    for row in told:
+        if "loss" not in row:
+            assert row["first_loss"] == pytest.approx(row["mean_squared_target"], rel=1e-4) and row["first_loss"] > 1e-4
+
+
+@pytest.mark.parametrize("loss", ["sppo-hard", "dpo", "ipo"])
+def test_the_baselines_run_in_the_same_loop(world, tmp_path, loss):
+    told = run(world, tmp_path / "run", loss=loss, select="best-worst")
+    first = {"sppo-hard": 2.0, "dpo": 0.693147, "ipo": 1.0}[loss]  # at log-ratios of 0, η = 2
+    assert [row["first_loss"] for row in told if "first_loss" in row] == pytest.approx([first] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 8])
+def test_every_number_of_samples_runs(world, tmp_path, K):
+    run(world, tmp_path / "run", samples=K, rounds=1)
+    assert load_file(tmp_path / "run/round-01/preferences.safetensors")["preferences"].shape == (2, K, K)
+
+
+def test_learning_raises_what_the_judge_prefers(world, tmp_path):
+    """By round 8 the sum of character codes, which is this judge's taste, has grown from that of round 1."""
+    run(world, tmp_path / "run", rounds=8, samples=8, epochs=8, lr=2e-2)
+
+    def taste(number):
+        rows = lines(tmp_path / f"run/round-0{number}/responses.jsonl")
+        return sum(sum(map(ord, text)) for row in rows for text in row["responses"])
+
+    assert taste(8) > 1.2 * taste(1)
+
+
+@pytest.mark.parametrize(("every", "moved"), [(0, [False, True, True]), (1, [False] * 3), (2, [False, True, False])])
+def test_the_reference_is_the_first_policy_or_a_later_one(world, tmp_path, every, moved):
+    """log μ equals log π_t in the rounds that begin with μ = π_t: the first, and every so many behind it."""
+    run(world, tmp_path / "run", target="regularized", rounds=3, reference_every=every)
+    folders = [tmp_path / f"run/round-0{number}" for number in (1, 2, 3)]
+    pairs = [[load_file(folder / f"{name}.safetensors")[name] for name in ("logps", "reference")] for folder in folders]
+    assert [not torch.allclose(logps, reference, atol=1e-5) for logps, reference in pairs] == moved
+
+
+def test_a_reference_of_its_own_is_used(world, tmp_path):
+    other = initialize(Transformer(model_config(layers=1, width=16)), torch.Generator().manual_seed(9))
+    other.save_pretrained(tmp_path / "other")
+    run(world, tmp_path / "run", target="regularized", rounds=1, reference=str(tmp_path / "other"))
+    stored = [load_file(tmp_path / f"run/round-01/{name}.safetensors")[name] for name in ("logps", "reference")]
+    assert (stored[0] - stored[1]).abs().max() > 0.1
+
+
+def test_opponents_of_the_first_round_are_the_policys_own(world, tmp_path):
+    run(world, tmp_path / "run", target="optimistic", rounds=1)
+    previous = load_file(tmp_path / "run/round-01/previous.safetensors")["previous"]
+    assert torch.equal(previous, load_file(tmp_path / "run/round-01/preferences.safetensors")["win_rates"])
+
+
+def test_earlier_opponents_are_the_responses_of_the_round_before(world, tmp_path):
+    run(world, tmp_path / "run", target="optimistic")
+    new, old = (lines(tmp_path / f"run/round-0{number}/responses.jsonl") for number in (2, 1))
+    expected = [letters(None, a["responses"] + b["responses"])[:3, 3:].mean(-1) for a, b in zip(new, old)]
+    assert torch.allclose(load_file(tmp_path / "run/round-02/previous.safetensors")["previous"], torch.stack(expected))
+
+
+def test_prompts_are_split_over_the_rounds(world, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", "1+1=", "1+2=", "1+3=", "1+4=", "1+5=")
+    run(world, tmp_path / "run", prompts=prompts, reuse_prompts=False)
+    seen = [[row["prompt"] for row in lines(tmp_path / f"run/round-0{number}/responses.jsonl")] for number in (1, 2)]
+    assert seen == [["1+1=", "1+3=", "1+5="], ["1+2=", "1+4="]]
+
+
+def test_a_model_of_the_real_vocabulary_learns_from_real_prompts(shared, tmp_path):
+    """The paper's settings but for the length, on Mistral's tokenizer; transformers loads what comes out."""
+    transformers = pytest.importorskip("transformers")
+    base = shared / "tiny-mistral/chat32k"
+    PreferenceModel.from_backbone(base, torch.Generator().manual_seed(0), template="mistral").save_pretrained(tmp_path / "judge")
+    rows = (shared / "alpaca_eval/prompts.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    names = dict(policy=base, judge=tmp_path / "judge", prompts=tmp_path / "prompts.jsonl", out=tmp_path / "run")
+    more = ["--preset", "mistral-7b", "--rounds", "1", "--max-new-tokens", "8", "--dtype", "float32"]
+    assert train.main(more + [part for name, value in names.items() for part in (f"--{name}", str(value))]) == 0
+    after, tokens = tmp_path / "run/round-01/policy", torch.tensor([[1, 733, 16289, 28793]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(after)(tokens).logits
+    assert torch.allclose(Transformer.from_pretrained(after)(tokens), theirs, atol=1e-4)
+    assert not torch.equal(theirs, Transformer.from_pretrained(base, "float32")(tokens))
+
+
+# ------------------------------------------------------------------------------------------------ starting again
+
+
+def test_a_finished_run_is_left_as_it_is(world, tmp_path):
+    told = run(world, tmp_path / "run")
+    before, timings = content(tmp_path / "run"), (tmp_path / "run/timings.jsonl").read_text()
+    assert run(world, tmp_path / "run") == told
+    assert content(tmp_path / "run") == before and (tmp_path / "run/timings.jsonl").read_text() == timings
+
+
+OTHER = {"eta": 3.0, "seed": 7, "samples": 4, "reuse_prompts": False, "judge": "toy.text_game:oracle"}
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER.items())
+def test_other_settings_are_refused_and_the_setting_is_named(world, tmp_path, capsys, name, value):
+    run(world, tmp_path / "run")
+    before = content(tmp_path / "run")
+    line = refused(capsys, world, tmp_path / "run", **{name: value})
+    assert f"--{name.replace('_', '-')} {getattr(tiny_settings(world, 'run'), name)}, now it is {value}" in line
+    assert content(tmp_path / "run") == before
+
+
+def test_a_run_folder_may_be_moved(world, tmp_path):
+    told = run(world, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run(world, tmp_path / "moved") == told
+
+
+def test_a_prompt_file_that_changed_under_a_run_is_noticed(world, tmp_path, capsys):
+    prompts = write_prompts(tmp_path / "p.jsonl", "1+1=", "1+2=")
+    run(world, tmp_path / "run", prompts=prompts)
+    write_prompts(tmp_path / "p.jsonl", "1+1=", "1+3=")
+    assert "responses to other prompts than this run's" in refused(capsys, world, tmp_path / "run", prompts=prompts)
+
+
+def test_a_stage_that_is_deleted_is_computed_again_to_the_same_numbers(world, tmp_path):
+    run(world, tmp_path / "run")
+    before = content(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/round-02/policy")
+    (tmp_path / "run/round-02/logps.safetensors").unlink()
+    run(world, tmp_path / "run")
+    assert content(tmp_path / "run") == before
+
+
+def test_a_stage_file_that_is_damaged_is_named(world, tmp_path, capsys):
+    run(world, tmp_path / "run")
+    (tmp_path / "run/round-01/logps.safetensors").write_bytes(b"half")
+    assert "round-01/logps.safetensors: not what this stage writes" in refused(capsys, world, tmp_path / "run")
+
+
+def test_control_c_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "sppo_round", interrupted)
+    assert train.main(flags(tiny_settings(world, tmp_path / "run"))) == 130
+    assert "the same command continues behind the last finished stage" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ killed and full disk
+
+
+def in_child(arguments, told, moment, limit):
+    """The body of a child process: the command, talking into a pipe, to be killed at a moment or with short files."""
+    os.dup2(told.fileno(), 1)
+    os.dup2(told.fileno(), 2)
+    torch.set_num_threads(1)
+    train.draw = lambda lines, path: None
+    if moment:
+        arm(*moment)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(train.main(arguments))
+
+
+def arm(when, ending, count):
+    """Have this process killed at its count-th operation of a kind on a path with this ending."""
+
+    def deadly(operation, kind, path_of):
+        def call(*arguments, **options):
+            nonlocal count
+            hit = when in kind and str(path_of(*arguments)).endswith(ending)
+            count -= hit
+            if hit and count == 0 and when == "half":
+                Path(arguments[1]).write_bytes(b"half of the bytes")
+            if when != "after" and hit and count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            value = operation(*arguments, **options)
+            if hit and count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+
+        return call
+
+    def appended(path, mode="r", *more):
+        return path if mode == "a" else ""
+
+    os.replace = deadly(os.replace, ("before", "after"), lambda source, target: target)
+    transformer.save_file = deadly(transformer.save_file, ("half",), lambda tensors, path: path)
+    builtins.open = deadly(builtins.open, ("append",), appended)
+
+
+@functools.cache
+def processes():
+    """Where children come from: a server that has imported this file, so that each starts at once and without threads."""
+    context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH", "")
+    context.set_forkserver_preload(["test_train"])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])  # it does not take over sys.path
+    forkserver.ensure_running()
+    os.environ["PYTHONPATH"] = before
+    return context
+
+
+class Child:
+    """The command in a process of its own."""
+
+    def __init__(self, config, moment=None, limit=None):
+        self.reader, writer = processes().Pipe(duplex=False)
+        self.process = processes().Process(target=in_child, args=(flags(config), writer, moment, limit))
+        self.process.start()
+        writer.close()
+
+    def end(self):
+        """(exit code, all it said); the code is -9 of a process that was killed."""
+        told = b""
+        while part := os.read(self.reader.fileno(), 1 << 16):
+            told += part
+        self.process.join(60)
+        return self.process.exitcode, told.decode()
+
+
+@pytest.fixture(scope="module")
+def long_run(world, tmp_path_factory):
+    """Settings of a run with all kinds of stages, and what it comes to when nothing stops it."""
+    folder = tmp_path_factory.mktemp("killed")
+    prompts = write_prompts(folder / "prompts.jsonl", *(f"{a}+{b}=" for a in (1, 2, 3) for b in (4, 5, 6, 7)))
+    settings = tiny_settings(world, folder / "whole", prompts=prompts, rounds=3, target="optimistic", batch=4)
+    assert Child(settings).end()[0] == 0
+    return settings, content(folder / "whole")
+
+
+MOMENTS = {
+    "responses written, not renamed": ("before", "round-01/responses.jsonl", 1),
+    "responses renamed": ("after", "round-01/responses.jsonl", 1),
+    "preferences written, not renamed": ("before", "round-02/preferences.safetensors", 1),
+    "log-probabilities renamed": ("after", "round-01/logps.safetensors", 1),
+    "other opponents judged": ("after", "round-02/previous.safetensors", 1),
+    "first step logged": ("append", "metrics.jsonl", 1),
+    "in the middle of a fit": ("append", "metrics.jsonl", 9),
+    "half the weights written": ("half", "policy.tmp/model.safetensors", 2),
+    "policy written, not renamed": ("before", "round-01/policy", 1),
+    "policy renamed, round not reported": ("after", "round-02/policy", 1),
+    "metrics written, not renamed": ("before", "metrics.jsonl", 2),
+    "last policy renamed": ("after", "round-03/policy", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_any_moment_continues_to_the_same_bytes(long_run, tmp_path, moment):
+    settings, expected = long_run
+    settings = replace(settings, out=str(tmp_path / "run"))
+    assert Child(settings, MOMENTS[moment]).end()[0] == -signal.SIGKILL
+    assert content(tmp_path / "run") != expected
+    assert Child(settings).end()[0] == 0
+    assert content(tmp_path / "run") == expected
+
+
+def test_a_run_killed_again_and_again_continues_to_the_same_bytes(long_run, tmp_path):
+    settings, expected = long_run
+    settings, killed = replace(settings, out=str(tmp_path / "run")), 0
+    for delay in (0, 0.03, 0.06, 0.1, 0.15, 0.1):
+        child = Child(settings)
+        while not (tmp_path / "run/config.json").exists() and child.process.is_alive():
+            time.sleep(0.001)
+        time.sleep(delay)
+        child.process.kill()
+        killed += child.end()[0] == -signal.SIGKILL
+    assert killed and Child(settings).end()[0] == 0
+    assert content(tmp_path / "run") == expected
+
+
+FULL = {
+    "preferences": (dict(samples=40), 8_000, {"responses.jsonl"}),
+    "policy": (dict(), 10_000, {"responses.jsonl", "preferences.safetensors", "logps.safetensors"}),
+    "metrics.jsonl": (dict(epochs=40), 3_000, {"responses.jsonl", "preferences.safetensors", "logps.safetensors"}),
+}
+
+
+@pytest.mark.parametrize("stage", FULL)
+def test_a_full_disk_ends_a_run_with_one_line_and_leaves_what_is_finished(world, tmp_path, stage):
+    """A process whose files cannot grow beyond a limit; the file of this stage is the first that wants to."""
+    changes, limit, finished = FULL[stage]
+    settings = tiny_settings(world, tmp_path / "run", **changes)
+    code, told = Child(settings, limit=limit).end()
+    (line,) = [line for line in re.split("[\r\n]", told) if line.strip() and not re.match(r"round \d", line)]
+    assert code == 2 and line.startswith("train.py: ") and stage in line and "too large" in line
+    assert {path.name for path in (tmp_path / "run/round-01").iterdir()} == finished
+    assert Child(settings).end()[0] == 0
+    assert Child(replace(settings, out=str(tmp_path / "whole"))).end()[0] == 0
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------ judges that err
+
+
+def fickle(prompt, responses, path):
+    """A rule in the mood that a file says, wrong about the second prompt only."""
+    table, mood = letters(prompt, responses), Path(path).read_text()
+    if prompt == "5+9=" and mood != "good":
+        if mood == "shape":
+            return table[:, 1:]
+        table[0, 1] = {"NaN": float("nan"), "above one": 1.5, "no opposite": table[0, 1] + 0.25}[mood]
+    return table
+
+
+class Flat:
+    """A judge that gives a score for each response where a table is expected."""
+
+    def preferences_many(self, prompts, responses, progress=None):
+        return torch.full((len(responses), len(responses[0])), 0.5)
+
+
+flat = Flat()
+
+
+@pytest.mark.parametrize("mood", ["NaN", "above one", "no opposite", "shape"])
+def test_a_judge_that_errs_is_reported_with_the_prompt_and_may_be_repaired(world, tmp_path, capsys, mood):
+    spec = f"test_train:fickle:{json.dumps({'path': str(tmp_path / 'mood')})}"
+    (tmp_path / "mood").write_text(mood)
+    line = refused(capsys, world, tmp_path / "run", judge=spec)
+    assert re.search(r"prompt 2|5\+9=", line)
+    assert [path.name for path in (tmp_path / "run/round-01").iterdir()] == ["responses.jsonl"]
+    sampled = (tmp_path / "run/round-01/responses.jsonl").stat().st_mtime_ns
+    (tmp_path / "mood").write_text("good")
+    run(world, tmp_path / "run", judge=spec)
+    run(world, tmp_path / "sound", judge=spec)
+    assert (tmp_path / "run/round-01/responses.jsonl").stat().st_mtime_ns == sampled
+    assert content(tmp_path / "run") == content(tmp_path / "sound")
+
+
+def test_a_judge_object_that_returns_the_wrong_shape_is_reported(world, tmp_path, capsys):
+    line = refused(capsys, world, tmp_path / "run", judge="test_train:flat")
+    assert "(2, 3)" in line and "(2, 3, 3)" in line
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+REFUSED = {
+    "one sample": (dict(samples=1), "--samples is 1, expected at least 2"),
+    "no rounds": (dict(rounds=0), "--rounds is 0, expected at least 1"),
+    "no step size": (dict(eta=0.0), "--eta is 0.0, expected more than 0"),
+    "top-p of 0": (dict(top_p=0.0), "--top-p 0.0"),
+    "baseline on all": (dict(loss="dpo"), "--loss dpo compares winner and loser"),
+    "baseline with target": (dict(loss="ipo", select="best-worst", target="normalized"), "--loss ipo compares"),
+    "no policy": (dict(policy="nowhere/policy"), "nowhere/policy"),
+    "no prompts": (dict(prompts="nowhere/prompts.jsonl"), "nowhere/prompts.jsonl: no such file"),
+    "no judge": (dict(judge="nowhere/judge"), "judge nowhere/judge: no such folder"),
+    "unset": (dict(policy=""), "--policy is missing"),
+    "too few prompts": (dict(reuse_prompts=False, rounds=3), "2 prompts are fewer than --rounds 3"),
+    "long answers": (dict(max_new_tokens=40), "more than the policy's context of 32"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_setting_is_refused_before_anything_is_written(world, tmp_path, capsys, case):
+    changes, message = REFUSED[case]
+    assert message in refused(capsys, world, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_longer_than_the_context_is_named(world, tmp_path, capsys):
+    prompts = write_prompts(tmp_path / "p.jsonl", "1+1=", "9+" * 15 + "=")
+    line = refused(capsys, world, tmp_path / "run", prompts=prompts)
+    assert "'9+9+9+" in line and "has 32 tokens" in line and "context of 32" in line
+
+
+def test_a_broken_prompt_line_is_named(world, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt" "1+2="}\n')
+    assert "p.jsonl, line 2: not valid JSON" in refused(capsys, world, tmp_path / "run", prompts=str(tmp_path / "p.jsonl"))
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(world, tmp_path, capsys):
+    small = initialize(Transformer(replace(model_config(layers=1, width=16), vocab_size=17)), torch.Generator())
+    small.save_pretrained(tmp_path / "policy")
+    Tokenizer(world / "policy").copy_to(tmp_path / "policy")
+    line = refused(capsys, world, tmp_path / "run", policy=str(tmp_path / "policy"))
+    assert "tokenizer.json has 18 tokens, vocab_size is 17" in line
+
+
+@pytest.mark.parametrize("wrong", [["--no-such-flag", "1"], ["--loss", "ppo"], ["--preset", "huge"], ["--eta", "much"]])
+def test_a_flag_that_is_not_understood_ends_with_code_2(capsys, wrong):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(wrong)
+    assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_is_a_valid_run(preset):
+    config = train.parse_config(["--preset", preset, "--policy", "p", "--judge", "j", "--prompts", "f", "--out", "o"])
+    train.check(config)
+    assert (config.policy, config.out) == ("p", "o") and config.target in TARGETS
+
+
+def test_the_mistral_preset_is_the_papers_experiment():
+    """SPPO v5, §5.1: three iterations, K = 5, winner and loser, η = 1e3, 5e-7, batches of 64, one of 18 epochs."""
+    config = train.parse_config(["--preset", "mistral-7b"])
+    assert (config.rounds, config.samples, config.select, config.temperature, config.top_p) == (3, 5, "best-worst", 1.0, 1.0)
+    assert (config.eta, config.lr, config.batch, config.warmup, config.epochs, config.schedule_epochs) == (
+        1e3,
+        5e-7,
+        64,
+        0.1,
+        1,
+        18,
+    )
+
+
+def test_flags_override_a_preset():
+    assert train.parse_config(["--preset", "mistral-7b", "--samples", "8"]).samples == 8
+
+
+def test_every_flag_has_its_help(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    shown = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in shown for name in asdict(train.TrainConfig()))
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory):
+    """`python train.py --preset debug` in an empty folder."""
+    folder = tmp_path_factory.mktemp("debug")
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--preset", "debug"], cwd=folder, capture_output=True, text=True)
+    return folder, done
+
+
+def test_the_debug_preset_runs_from_nothing(debug_run):
+    folder, done = debug_run
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out/debug/round-02/policy/model.safetensors").is_file() and (folder / "out/debug/curves.png").is_file()
+    assert "Warning" not in done.stderr
+
+
+def test_the_debug_preset_has_something_to_learn(debug_run):
+    """Else every target, gradient and log-ratio in the debugger is 0."""
+    rounds = [row for row in lines(debug_run[0] / "out/debug/metrics.jsonl") if "loss" not in row]
+    assert all(row["first_loss"] > 0 for row in rounds)
