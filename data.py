@@ -55,17 +55,16 @@ class Tokenizer:
     def chat(self, messages):
         """Ids of a conversation in Mistral's v1 [INST] format, token for token what mistral-common produces.
 
-        BOS once; every user block and every answer is encoded on its own; EOS behind every answer; a system
-        message and a blank line go in front of the first user message; neighbours of one role are joined.
+        BOS once; every user block and every answer is encoded on its own; EOS behind every answer; all system
+        messages go in front of the first user message; neighbours of one role are joined, each with a blank line.
         """
-        ids, system = [self.bos], []
-        for role, content in merge_neighbours(messages):
-            if role == "system":
-                system.append(content)
-            elif role == "user":
+        messages = merge_neighbours(messages)
+        ids, system = [self.bos], [content for role, content in messages if role == "system"]
+        for role, content in messages:
+            if role == "user":
                 ids += self.encode("[INST] " + "\n\n".join([*system, content]) + " [/INST]")
                 system = []
-            else:
+            elif role == "assistant":
                 ids += self.encode(content) + [self.eos]
         return ids
 
@@ -130,12 +129,16 @@ def prompt_text(prompt):
 
 
 def read_json(path):
+    """A JSON file that holds an object."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_lines(path):
@@ -143,13 +146,13 @@ def read_lines(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     empty = True
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where, empty = f"{path}, line {number}", False
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{where}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
@@ -159,8 +162,11 @@ def read_lines(path):
         raise ValueError(f"{path}: the file is empty, expected one JSON object a line")
 
 
-def text_field(row, key, where):
+def text_field(row, key, where, scalars=False):
+    """row[key] as a string; with `scalars` a number or truth value too, as its JSON text."""
     value = row.get(key)
+    if scalars and isinstance(value, (bool, int, float)):
+        return json.dumps(value)
     if not isinstance(value, str):
         found = "nothing" if key not in row else json.dumps(value)[:60]
         raise ValueError(f"{where}: expected a string under {key!r}, found {found}")
@@ -195,11 +201,12 @@ def read_prompts(path):
 def read_pairs(path):
     """A JSON-lines file of judged pairs -> list of {prompt, chosen, rejected, probability}.
 
-    `probability` is P(chosen beats rejected), a share of votes for example; 1 where a row has none.
+    `probability` is P(chosen beats rejected), a share of votes for example; 1 where a row has none. A response that
+    some tool wrote as a bare JSON number or truth value is read as its text.
     """
     pairs = []
     for where, row in read_lines(path):
-        pair = {key: text_field(row, key, where) for key in ("prompt", "chosen", "rejected")}
+        pair = {key: text_field(row, key, where, scalars=key != "prompt") for key in ("prompt", "chosen", "rejected")}
         probability = row.get("probability", 1.0)
         number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
         if not number or not 0 <= probability <= 1:
@@ -273,3 +280,12 @@ def write_json(path, value):
 
 def write_lines(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_line(path, row):
+    """Add one JSON line to a log that is read while it grows."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            print(json.dumps(row), file=file)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written: {error}; finished stages are untouched") from error

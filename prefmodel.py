@@ -30,10 +30,14 @@ class Rule:
         self.function, self.arguments = function, arguments
 
     def preferences(self, prompt, responses):
-        table = torch.as_tensor(self.function(prompt, responses, **self.arguments), dtype=torch.float32)
-        if table.shape != (len(responses), len(responses)):
+        table, K = self.function(prompt, responses, **self.arguments), len(responses)
+        try:
+            table = torch.as_tensor(table, dtype=torch.float32)
+        except (TypeError, ValueError):
+            table = torch.empty(0)
+        if table.shape != (K, K):
             name = getattr(self.function, "__qualname__", self.function)
-            raise ValueError(f"judge {name} returned shape {tuple(table.shape)} for {len(responses)} responses, expected K × K")
+            raise ValueError(f"judge {name}: expected a {K} × {K} table for prompt {prompt[:40]!r}, found shape {tuple(table.shape)}")
         return table
 
     def preferences_many(self, prompts, responses, progress=None):
@@ -121,6 +125,7 @@ class PreferenceModel(nn.Module):
         return judge
 
     def save_pretrained(self, folder):
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         with whole(folder) as temporary:
             transformer.save_weights(self, temporary)
             head = {
@@ -129,7 +134,7 @@ class PreferenceModel(nn.Module):
                 "template": self.template,
             }
             own = {"architectures": ["PreferenceModel"], "preference_head": head}
-            write_json(temporary / "config.json", self.config.to_json() | own)
+            write_json(temporary / "config.json", self.config.to_json() | own | {"dtype": dtype, "torch_dtype": dtype})
             self.tokenizer.copy_to(temporary)
 
 
@@ -178,19 +183,24 @@ def load_judge(spec, device=None, dtype=None):
         return PreferenceModel.from_pretrained(spec, dtype, device)
     module, _, rest = spec.partition(":")
     name, _, arguments = rest.partition(":")
-    if not name:
+    if not module or not name:
         raise FileNotFoundError(f"judge {spec}: no such folder, and not of the form module:function")
+    try:
+        arguments = json.loads(arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"judge {spec}: expected keyword arguments as a JSON object behind the second colon")
     sys.path.insert(0, "")  # a user's module stands in the folder that the command is called from
     try:
         found = getattr(importlib.import_module(module), name)
-        arguments = json.loads(arguments or "{}")
     except (ImportError, AttributeError) as error:
         raise ValueError(f"judge {spec}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"judge {spec}: the arguments are not JSON: {error}") from None
     finally:
         sys.path.remove("")
-    return found if hasattr(found, "preferences_many") else Rule(found, **arguments)
+    if not hasattr(found, "preferences_many"):
+        return Rule(found, **arguments)
+    return found(**arguments) if isinstance(found, type) else found
 
 
 # ------------------------------------------------------------------------------------------------ command line

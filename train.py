@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import inspect
 import itertools
-import json
 import re
 import resource
 import sys
@@ -25,11 +24,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from data import TEMPLATES, Prompt, Tokenizer, pad_responses, prompt_text, read_json, read_lines, read_prompts
-from data import remove, whole, write_json, write_lines
+from data import append_line, remove, whole, write_json, write_lines
 from model import DTYPES, Transformer, generate, load_weights
 from prefmodel import load_judge
 from sppo import PAIR_LOSSES, TARGETS, RoundConfig, score, sequence_logps, sppo_round, win_rates
@@ -74,7 +73,7 @@ PRESETS = {
     ),
     # The small world of toy/text_game.py, on a laptop: the theory's setting (all K, small η, many rounds).
     "tiny": dict(
-        rounds=40, samples=16, select="all", reuse_prompts=True, eta=2.0, optimizer="adamw", lr=1e-3, warmup=0.0,
+        rounds=80, samples=16, select="all", reuse_prompts=True, eta=2.0, optimizer="adamw", lr=3e-4, warmup=0.0,
         epochs=3, batch=25, micro_batch=25, max_new_tokens=4, template="plain", pool=1600,
     ),
     # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimiser and micro-batch are those of the
@@ -146,7 +145,11 @@ class TextGame:
 
     def judge(self, prompts, responses):
         texts = [self.texts(prompt, row) for prompt, row in zip(prompts, responses, strict=True)]
-        return self.judge_model.preferences_many([prompt.text for prompt in prompts], texts, self.progress)
+        table = self.judge_model.preferences_many([prompt.text for prompt in prompts], texts, self.progress)
+        N, K = len(texts), len(texts[0])
+        if table.shape != (N, K, K):
+            raise ValueError(f"judge {self.config.judge}: expected preferences ({N}, {K}, {K}), found {tuple(table.shape)}")
+        return table
 
     def texts(self, prompt, responses):
         return [self.tokenizer.response_text(prompt.ids, response, self.config.template) for response in responses]
@@ -163,8 +166,7 @@ class TextGame:
     def log(self, **step):
         """Called after each optimizer step: seen in the bar and in metrics.jsonl, which is rewritten behind the round."""
         self.progress.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
-        with open(Path(self.config.out) / "metrics.jsonl", "a") as file:
-            print(json.dumps({"round": self.number} | step), file=file)
+        append_line(Path(self.config.out) / "metrics.jsonl", {"round": self.number} | step)
 
     def previous(self, prompts, responses):
         """Win rates (N, K) of the responses against as many of π_{t-1}, which in round 1 is π_1 itself."""
@@ -233,8 +235,7 @@ class Stages:
         with whole(path) as temporary:
             self.write(name, temporary, value)
         row = {"round": self.game.number, "stage": name, "seconds": time.perf_counter() - start, "peak_gb": peak_memory(config)}
-        with open(Path(config.out) / "timings.jsonl", "a") as file:
-            print(json.dumps(row), file=file)
+        append_line(Path(config.out) / "timings.jsonl", row)
         return value
 
     def read(self, name, path):
@@ -259,7 +260,7 @@ class Stages:
             write_lines(path / "steps.jsonl", value)
         else:
             extra = {"win_rates": win_rates(value)} if name == "preferences" else {}
-            save_file({name: value.contiguous()} | extra, path)
+            path.write_bytes(save({name: value.contiguous()} | extra))
 
 
 def read_responses(path, prompts):
@@ -374,7 +375,7 @@ def draw(lines, path):
     position, number = range(1, len(steps) + 1), [row["round"] for row in rounds]
     blue, orange, grey = "#0072B2", "#D55E00", "#777777"
     axes[0, 0].plot(position, [row["loss"] for row in steps], color=blue)
-    axes[0, 0].set(xlabel="optimizer step", ylabel="loss (nats²)", yscale="log", title="Loss")
+    axes[0, 0].set(xlabel="optimizer step", ylabel="loss", yscale="log" if steps[0]["loss"] > 0 else "linear", title="Loss")
     axes[0, 1].plot(position, [row["best_log_ratio"] for row in steps], color=blue, label="highest target")
     axes[0, 1].plot(position, [row["worst_log_ratio"] for row in steps], color=orange, label="lowest target")
     axes[0, 1].set(xlabel="optimizer step", ylabel="log π_θ/π_t (nats)", title="Log-ratio of trained responses")
@@ -393,10 +394,10 @@ def draw(lines, path):
 
 def prepare_debugging(config):
     """The debug preset brings a world of its own, and its run starts afresh every time."""
-    from toy.text_game import build_untrained  # the only thing here that knows a toy
+    from toy.text_game import build_debugging  # the only thing here that knows a toy
 
     if not Path(config.policy).is_dir():
-        build_untrained(Path(config.policy).parent)
+        build_debugging(Path(config.policy).parent)
     if config.out == PRESETS["debug"]["out"]:
         remove(Path(config.out))
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 import prefmodel
 from prefmodel import PreferenceModel, Rule, load_judge, train_preference_model
-from toy.text_game import build_untrained
+from toy.text_game import build_debugging
 
 HEADS = {"scalar": (True, 0), "cyclic": (False, 2), "both": (True, 3)}
 TEXTS = ["7.", "7!", "8?", "12.", "", "777+=", "7."]
@@ -19,7 +19,7 @@ TEXTS = ["7.", "7!", "8?", "12.", "", "777+=", "7."]
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prefmodel") / "world"
-    build_untrained(folder)
+    build_debugging(folder)
     return folder / "policy"
 
 
@@ -61,7 +61,7 @@ def test_scalar_head_is_bradley_terry(backbone):
 
 
 def test_cyclic_head_is_not_transitive(backbone):
-    L = logits_of(make(backbone, "cyclic"))
+    L = logits_of(make(backbone, "cyclic", spread=0.1))
     assert (L[:, None, :] - (L[:, :, None] + L[None])).abs().max() > 0.1
 
 
@@ -69,7 +69,7 @@ def test_the_heads_add_up(backbone):
     judge = make(backbone, "both")
     whole, scalar, judge.scalar_head = logits_of(judge), judge.scalar_head, None
     cyclic, judge.scalar_head, judge.cyclic_head = logits_of(judge), scalar, None
-    assert torch.allclose(whole, logits_of(judge) + cyclic, atol=1e-5)
+    assert torch.allclose(whole, logits_of(judge) + cyclic, atol=1e-2)
 
 
 def test_cyclic_logit_by_hand():
@@ -87,7 +87,7 @@ def test_a_model_without_heads_is_refused(backbone):
 
 
 def learn(backbone, heads, wins, epochs=60, lr=1e-2):
-    judge = make(backbone, heads, spread=0.3)
+    judge = make(backbone, heads, spread=0.1)
     pairs = [{"prompt": "3+4=", "chosen": a, "rejected": b, "probability": p} for a, b, p in wins]
     train_preference_model(judge, pairs, epochs, lr, len(pairs), torch.Generator().manual_seed(0))
     return judge
@@ -98,7 +98,7 @@ CYCLE = [("7.", "7!", 1.0), ("7!", "7?", 1.0), ("7?", "7.", 1.0)]
 
 @pytest.mark.parametrize(("heads", "low", "high"), [("cyclic", 0.9, 1.0), ("both", 0.9, 1.0), ("scalar", 0.4, 0.6)])
 def test_a_cycle_is_learned_with_a_cyclic_head_only(backbone, heads, low, high):
-    P = learn(backbone, heads, CYCLE, epochs=300, lr=3e-3).preferences("3+4=", ["7.", "7!", "7?"])
+    P = learn(backbone, heads, CYCLE, epochs=200, lr=3e-3).preferences("3+4=", ["7.", "7!", "7?"])
     assert all(low < p < high for p in (P[0, 1], P[1, 2], P[2, 0]))
 
 
@@ -192,7 +192,7 @@ def test_a_rule_that_returns_the_wrong_shape_is_named(table):
     def lopsided(prompt, responses):
         return table
 
-    with pytest.raises(ValueError, match=r"lopsided returned shape .* for 2 responses, expected K × K"):
+    with pytest.raises(ValueError, match=r"lopsided: expected a 2 × 2 table for prompt 'p', found shape"):
         Rule(lopsided).preferences("p", ["a", "b"])
 
 
@@ -200,7 +200,7 @@ def test_a_rule_that_returns_nothing_is_named():
     def absent_minded(prompt, responses):
         return None
 
-    with pytest.raises(ValueError, match="absent_minded returned"):
+    with pytest.raises(ValueError, match="absent_minded: expected a 2 × 2 table"):
         Rule(absent_minded).preferences("p", ["a", "b"])
 
 
@@ -210,9 +210,9 @@ def test_a_rule_that_returns_nothing_is_named():
         ("no/such/folder", "judge no/such/folder: no such folder, and not of the form module:function"),
         ("no_such_module:f", "judge no_such_module:f: No module named 'no_such_module'"),
         ("toy.text_game:no_such_rule", "judge toy.text_game:no_such_rule: .*has no attribute 'no_such_rule'"),
-        ("toy.text_game:oracle:{strengths}", "judge toy.text_game:oracle:.*: the arguments are not JSON"),
+        ("toy.text_game:oracle:{strengths}", "judge toy.text_game:oracle:.*: expected keyword arguments as a JSON object"),
         ("toy.text_game:oracle:[1]", r"judge toy.text_game:oracle:\[1\]: .*JSON"),
-        (":oracle", "judge :oracle: .*module"),
+        (":oracle", "judge :oracle: .*module:function"),
     ],
 )
 def test_a_judge_that_is_not_there_is_named(spec, message):

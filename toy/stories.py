@@ -83,7 +83,7 @@ def rule(prompt, responses):
 def settings(args):
     """The theory's setting, as in the small world: all K samples are trained on, and every round sees every prompt."""
     return TrainConfig(
-        policy=args.policy, judge="toy.stories:rule", prompts=str(Path(args.out) / "prompts.jsonl"), out=args.out,
+        policy=args.policy, judge="toy.stories:rule", prompts=str(Path(args.out) / "story-prompts.jsonl"), out=args.out,
         rounds=args.rounds, samples=args.samples, eta=args.eta, lr=args.lr, seed=args.seed,
         reuse_prompts=True, select="all", epochs=3, batch=8, micro_batch=8, warmup=0.0, optimizer="adamw",
         max_new_tokens=MAX_NEW_TOKENS, template="plain", pool=1024,
@@ -183,7 +183,7 @@ def main():
     args, start = parser.parse_args(), time.monotonic()
     try:
         tokenizer, config, out = Tokenizer(args.policy), settings(args), Path(args.out)
-        write_lines(out / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+        write_lines(out / "story-prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
         run(config)
         result = measure(config, tokenizer)
         write_json(out / "stories.json", result)

@@ -52,7 +52,7 @@ def classify(prompt, response):
 def payoff(strengths=STRENGTHS):
     """(7, 7) P(class i beats class j) under the oracle."""
     quality = torch.tensor([0, 0, 0, 1, 1, 1, 2])  # 0 is best
-    table = torch.where(quality[:, None] < quality, QUALITY, 1 - QUALITY).double()
+    table = 0.5 + (QUALITY - 0.5) * torch.sign(quality - quality[:, None]).double()
     table[:3, :3] = table[3:6, 3:6] = cycle(strengths)
     table[6, 6] = 0.5
     return table
@@ -127,7 +127,7 @@ def draw_pairs(count, strengths, generator):
     return pairs
 
 
-def build(world, seed=0, strengths=STRENGTHS, pairs=20_000):
+def build(world, seed=0, strengths=STRENGTHS, pairs=40_000):
     """Write the world's folders: policy/, judge/, prompts.jsonl, pairs.jsonl, world.json."""
     world, generator = Path(world), torch.Generator().manual_seed(seed)
     write_lines(world / "prompts.jsonl", [{"prompt": prompt} for prompt in SUMS])
@@ -140,21 +140,23 @@ def build(world, seed=0, strengths=STRENGTHS, pairs=20_000):
     write_lines(world / "pairs.jsonl", draw_pairs(pairs, strengths, generator))
     judged = read_pairs(world / "pairs.jsonl")
     judge = PreferenceModel.from_backbone(world / "policy", generator, scalar=True, cyclic=2, template="plain")
-    with tqdm(total=4 * len(judged), unit="pair", desc="learned judge") as progress:
-        train_preference_model(judge, judged, epochs=4, lr=1e-3, batch=250, generator=generator, progress=progress)
+    with tqdm(total=3 * len(judged), unit="pair", desc="learned judge") as progress:
+        train_preference_model(judge, judged, epochs=3, lr=1e-3, batch=250, generator=generator, progress=progress)
     judge.save_pretrained(world / "judge")
     write_json(world / "world.json", {"seed": seed, "strengths": list(strengths), "quality": QUALITY})
 
 
-def build_untrained(world):
-    """A world for the debugger: one layer, random weights, two prompts."""
-    with whole(Path(world) / "policy") as folder:
-        folder.mkdir(parents=True)
+def build_debugging(world):
+    """A world for the debugger, in a second: one layer, trained just enough to write a number and an ending; two prompts."""
+    world, generator = Path(world), torch.Generator().manual_seed(0)
+    model = initialize(Transformer(model_config(layers=1, width=16)), generator)
+    with whole(world / "policy") as folder:
+        folder.mkdir()
         write_tokenizer(folder)
-        generator = torch.Generator().manual_seed(0)
-        initialize(Transformer(model_config(layers=1, width=16)), generator).write_pretrained(folder)
-    write_lines(Path(world) / "prompts.jsonl", [{"prompt": "3+4="}, {"prompt": "5+9="}])
-    write_json(Path(world) / "world.json", {"seed": 0, "strengths": list(STRENGTHS), "quality": QUALITY})
+        train_base(model, Tokenizer(folder), 150, 64, generator)
+        model.write_pretrained(folder)
+    write_lines(world / "prompts.jsonl", [{"prompt": "3+4="}, {"prompt": "5+9="}])
+    write_json(world / "world.json", {"seed": 0, "strengths": list(STRENGTHS), "quality": QUALITY})
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -162,7 +164,10 @@ def build_untrained(world):
 
 @torch.no_grad()
 def class_shares(model, tokenizer):
-    """(100 prompts, 7 classes) exact probabilities that the policy's response falls into each class, float64."""
+    """(100 prompts, 7 classes) exact probabilities that the policy's response falls into each class, float64.
+
+    A response that contains <unk> or <s> counts as malformed, though it decodes to the text without it.
+    """
     endings = [tokenizer.encode(ending) + [tokenizer.eos] for ending in ENDINGS]
     responses = [tokenizer.encode(number) + ending for number in NUMBERS for ending in endings]
     shares = torch.zeros(len(SUMS), len(CLASSES), dtype=torch.float64)
@@ -199,7 +204,7 @@ def measure(world, run):
     """
     world, run = Path(world), Path(run)
     table = payoff(read_json(world / "world.json")["strengths"])
-    folders = sorted(run.glob("round-*/policy"))
+    folders = sorted(run.glob("round-*/policy"), key=lambda folder: int(folder.parent.name.removeprefix("round-")))
     if not folders:
         raise FileNotFoundError(f"{run}: no round-01/policy in it, expected the folder of a run")
     shares = []
@@ -270,7 +275,7 @@ def main():
     command.add_argument("world")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--strengths", type=float, nargs=3, default=STRENGTHS, help=". beats !, ! beats ?, ? beats . [.9 .9 .8]")
-    command.add_argument("--pairs", type=int, default=20_000, help="judged pairs that the learned judge sees [20000]")
+    command.add_argument("--pairs", type=int, default=40_000, help="judged pairs that the learned judge sees [40000]")
     command = commands.add_parser("measure", help="measure a run exactly")
     command.add_argument("world")
     command.add_argument("run")
