@@ -376,18 +376,19 @@ def draw(lines, path):
     blue, orange, grey = "#0072B2", "#D55E00", "#777777"
     axes[0, 0].plot(position, [row["loss"] for row in steps], color=blue)
     axes[0, 0].set(xlabel="optimizer step", ylabel="loss", yscale="log" if steps[0]["loss"] > 0 else "linear", title="Loss")
-    axes[0, 1].plot(position, [row["best_log_ratio"] for row in steps], color=blue, label="highest target")
-    axes[0, 1].plot(position, [row["worst_log_ratio"] for row in steps], color=orange, label="lowest target")
+    axes[0, 1].plot(position, [row["best_log_ratio"] for row in steps], color=blue, linewidth=0.8, label="highest target")
+    axes[0, 1].plot(position, [row["worst_log_ratio"] for row in steps], color=orange, linewidth=0.8, label="lowest target")
     axes[0, 1].set(xlabel="optimizer step", ylabel="log π_θ/π_t (nats)", title="Log-ratio of trained responses")
-    axes[1, 0].plot(number, [row["best_win_rate"] for row in rounds], "o-", color=blue, label="best of K")
-    axes[1, 0].plot(number, [row["worst_win_rate"] for row in rounds], "s-", color=orange, label="worst of K")
+    axes[0, 1].margins(y=0.25)
+    axes[1, 0].plot(number, [row["best_win_rate"] for row in rounds], ".-", color=blue, label="best of K")
+    axes[1, 0].plot(number, [row["worst_win_rate"] for row in rounds], ".-", color=orange, label="worst of K")
     axes[1, 0].axhline(0.5, color=grey, linewidth=0.8)
-    axes[1, 0].set(xlabel="round", ylabel="win rate against π_t", title="Spread of win rates", ylim=(0, 1))
-    axes[1, 1].plot(number, [row["mean_tokens"] for row in rounds], "o-", color=blue)
+    axes[1, 0].set(xlabel="round", ylabel="win rate against π_t", title="Spread of win rates", ylim=(0, 1.1))
+    axes[1, 1].plot(number, [row["mean_tokens"] for row in rounds], ".-", color=blue)
     axes[1, 1].set(xlabel="round", ylabel="tokens", title="Mean length of a response")
-    axes[1, 1].set_ylim(bottom=0)
+    axes[1, 1].set_ylim(0, 1.2 * max(row["mean_tokens"] for row in rounds))
     for axis in (axes[0, 1], axes[1, 0]):
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper center", ncols=2)
     with whole(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

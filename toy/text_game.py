@@ -25,7 +25,7 @@ from tokenizers import Tokenizer as Backend
 from tqdm import tqdm
 
 from data import Tokenizer, pad_responses, read_json, read_pairs, whole, write_json, write_lines
-from model import ModelConfig, Transformer, initialize
+from model import KVCache, ModelConfig, Transformer, initialize, prefill
 from prefmodel import PreferenceModel, train_preference_model
 from sppo import sequence_logps
 from toy.games import cycle, exploitability, nash
@@ -170,11 +170,17 @@ def class_shares(model, tokenizer):
     """
     endings = [tokenizer.encode(ending) + [tokenizer.eos] for ending in ENDINGS]
     responses = [tokenizer.encode(number) + ending for number in NUMBERS for ending in endings]
+    tokens, mask = pad_responses([[tokenizer.bos]] * len(responses), responses)  # behind a prompt's last token
     shares = torch.zeros(len(SUMS), len(CLASSES), dtype=torch.float64)
     for row, (prompt, total) in enumerate(SUMS.items()):
-        ids = tokenizer.prompt_ids(prompt, "plain")
-        tokens, mask = pad_responses([ids] * len(responses), responses)
-        probability = sequence_logps(model(tokens), tokens, mask).double().exp().view(len(NUMBERS), 3)
+        prefix = {}
+        prefill(model, [tokenizer.prompt_ids(prompt, "plain")], {0}, prefix)  # once for all responses
+        prompt_cache, _, logits = prefix[0]
+        cache = KVCache(model.config, len(tokens), prompt_cache.keys.shape[2] + tokens.shape[1], "cpu", logits.dtype)
+        cache.copy_from(prompt_cache, 0, range(len(tokens)))
+        rest = model.head(model.model(tokens[:, 1:], cache))
+        logits = torch.cat([logits.expand(len(tokens), 1, -1), rest], dim=1)  # (300, 5, V)
+        probability = sequence_logps(logits, tokens, mask).double().exp().view(len(NUMBERS), 3)
         shares[row, :3] = probability[total]
         shares[row, 3:6] = probability.sum(0) - probability[total]
     shares[:, 6] = (1 - shares.sum(1)).clamp(min=0)
@@ -245,7 +251,7 @@ def draw(result, path):
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     triangle, curve = figure.subplots(1, 2)
     triangle.fill(*corners.T, fill=False, color="#777777", linewidth=0.8)
-    for corner, ending, shift in zip(corners, ENDINGS, ((-0.06, -0.03), (0.06, -0.03), (0, 0.05))):
+    for corner, ending, shift in zip(corners, ENDINGS, ((-0.06, -0.03), (0.06, -0.03), (0, 0.03))):
         triangle.text(*(corner + torch.tensor(shift)), f"all “{ending}”", ha="center", va="center")
     start = [result["base"]]
     triangle.plot(*flat(start + result["rounds"]), ".-", color=orange, linewidth=0.8, label="policy of each round")
@@ -253,9 +259,10 @@ def draw(result, path):
     triangle.plot(*flat(start), "o", color="black", label="base policy")
     equilibrium = torch.tensor(result["equilibrium"], dtype=torch.float64) @ corners
     triangle.plot(*equilibrium, "*", color=green, markersize=15, label="Nash equilibrium")
-    triangle.set(aspect="equal", title="Endings of the responses (shares)")
+    triangle.set_aspect("equal")
+    triangle.set_title("Endings of the responses (shares)", pad=14)
     triangle.axis("off")
-    triangle.legend(frameon=False, loc="upper left", fontsize=8)
+    triangle.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.06, 1), fontsize=8)
 
     rounds = range(len(result["rounds"]) + 1)
     curve.plot(rounds, [row["exploitability"] for row in start + result["rounds"]], color=orange, label="policy of each round")
