@@ -37,7 +37,8 @@ class Rule:
             table = torch.empty(0)
         if table.shape != (K, K):
             name = getattr(self.function, "__qualname__", self.function)
-            raise ValueError(f"judge {name}: expected a {K} × {K} table for prompt {prompt[:40]!r}, found shape {tuple(table.shape)}")
+            found = tuple(table.shape)
+            raise ValueError(f"judge {name}: expected a {K} × {K} table for prompt {prompt[:40]!r}, found shape {found}")
         return table
 
     def preferences_many(self, prompts, responses, progress=None):

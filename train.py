@@ -149,6 +149,11 @@ class TextGame:
         N, K = len(texts), len(texts[0])
         if table.shape != (N, K, K):
             raise ValueError(f"judge {self.config.judge}: expected preferences ({N}, {K}, {K}), found {tuple(table.shape)}")
+        for prompt, one in zip(prompts, table):
+            try:
+                win_rates(one)
+            except ValueError as error:
+                raise ValueError(f"judge {self.config.judge}, prompt {prompt.text[:40]!r}: {error}") from None
         return table
 
     def texts(self, prompt, responses):
@@ -178,7 +183,6 @@ class TextGame:
             earlier = self.with_weights(policy_folder(self.config, self.number - 1), lambda: self.sample(prompts, stage=2))
         both = self.judge(prompts, [new + old for new, old in zip(responses, earlier, strict=True)])  # (N, 2K, 2K)
         K = self.config.samples
-        win_rates(both)  # checks the judge
         return both[:, :K, K:].mean(-1)
 
     def reference(self, prompts, responses):
@@ -216,8 +220,6 @@ class Stages:
     Face layout, and steps.jsonl, the numbers of each optimizer step). previous.safetensors and
     reference.safetensors where the target needs them.
     """
-
-    UNITS = {"responses": "response", "policy": "prompt"}
 
     def __init__(self, config, game, prompts):
         self.config, self.game, self.prompts = config, game, prompts

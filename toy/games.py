@@ -25,12 +25,13 @@ def exploitability(payoff, policy):
 
 
 def nash(payoff):
-    """An exact symmetric equilibrium (n,), by the simplex method on max Σx subject to P x ≤ 1, x ≥ 0; π = x/Σx.
+    """An exact symmetric equilibrium (n,) by the simplex method: max Σx subject to (P + 1)x ≤ 1, x ≥ 0; π = x/Σx.
 
-    P > -1 has value ½ as a game, so Σx = 2 and P π ≤ ½. Bland's rule: it ends on every game, ties included.
+    The game P has value ½, so P + 1 has 3/2 = 1/Σx, and P π ≤ ½ in every row. The 1 makes all payoffs positive, so
+    x = 0 is a feasible start and the optimum is bounded. Bland's rule: it ends on every game, ties included.
     """
     n = len(payoff)
-    # Tableau: rows P x + s = 1 with slacks s basic; adding 1 to the payoffs keeps the pivots away from zero.
+    # Rows (P + 1)x + s = 1; the slacks s are the first basis.
     table = torch.cat([payoff.double() + 1, torch.eye(n, dtype=torch.float64), torch.ones(n, 1, dtype=torch.float64)], 1)
     gain = torch.cat([torch.ones(n), torch.zeros(n + 1)]).double()
     basis = list(range(n, 2 * n))

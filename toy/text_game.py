@@ -42,7 +42,9 @@ MAX_NEW_TOKENS = 4  # two digits, an ending, the stop token
 
 
 def classify(prompt, response):
-    """Index into CLASSES of a response text."""
+    """Index into CLASSES of a response text. ValueError for a prompt of another world."""
+    if prompt not in SUMS:
+        raise ValueError(f"prompt {prompt[:40]!r} is not of the small world, expected a sum of two digits like '3+4='")
     match = re.fullmatch(r"(0|[1-9]\d?)([.!?])", response)
     if match is None:
         return len(CLASSES) - 1
