@@ -30,20 +30,23 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: not a tokenizer.json that the tokenizers library reads: {error}") from None
         self.backend.encode_special_tokens = True  # a user's literal "</s>" stays text
+        self.backend.no_truncation()  # some files keep the settings that they were trained with
+        self.backend.no_padding()
         self.bos, self.eos = self._special("bos_token"), self._special("eos_token")
         self.files = {name: (self.folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
 
     def _special(self, key):
         path = self.folder / "tokenizer_config.json"
         token = read_json(path).get(key)
-        token = token["content"] if isinstance(token, dict) else token
-        if token is None or (token_id := self.backend.token_to_id(token)) is None:
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str) or (token_id := self.backend.token_to_id(token)) is None:
             raise ValueError(f"{path}: {key} is {token!r}, expected a token of tokenizer.json")
         return token_id
 
-    @property
-    def vocab_size(self):
-        return self.backend.get_vocab_size(with_added_tokens=True)
+    def check_vocabulary(self, vocab_size):
+        """ValueError if there are tokens that a model of this vocab_size has no embedding for."""
+        if (count := self.backend.get_vocab_size(with_added_tokens=True)) > vocab_size:
+            raise ValueError(f"{self.folder}: tokenizer.json has {count} tokens, but the model's vocab_size is {vocab_size}")
 
     def encode(self, text):
         """Ids of the text alone: no BOS, no EOS, and no character sequence means a special token."""
@@ -170,6 +173,10 @@ def text_field(row, key, where, scalars=False):
     if not isinstance(value, str):
         found = "nothing" if key not in row else json.dumps(value)[:60]
         raise ValueError(f"{where}: expected a string under {key!r}, found {found}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text under {key!r} is not valid Unicode: {error}") from None
     return value
 
 
@@ -243,24 +250,29 @@ def remove(path):
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def vacant(path):
+    """The path, if a new folder may be put there. FileExistsError if it is a file or a folder with something in it."""
+    path = Path(path).absolute()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path}: exists already, and nothing is written over it; choose another folder, or delete it")
+    return path
+
+
 @contextmanager
 def whole(path):
-    """Yield a temporary name to write a file or folder under; it gets its real name only when complete.
+    """Yield a temporary name to write a file or a new folder under; it gets its real name only when complete.
 
     Whoever is killed inside leaves the old content, or none, but never a part. OSError (disk full, say) names
-    the path that could not be written.
+    the path that could not be written. A file replaces the file of that name; a folder replaces nothing.
     """
-    path = Path(path)
-    temporary, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    path = Path(path).absolute()
+    path = vacant(path) if path.is_dir() else path
+    temporary = path.with_name(path.name + ".tmp")
     remove(temporary)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        if path.is_dir():  # a folder cannot be renamed over another one
-            remove(old)
-            os.rename(path, old)
         os.replace(temporary, path)
-        remove(old)
     except OSError as error:
         remove(temporary)
         raise OSError(f"{path}: could not be written: {error}; what was there before is untouched") from error

@@ -69,6 +69,8 @@ class ModelConfig:
             refuse("model_type", "mistral or llama", kind)
         ropes = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # old and new name
         for rope in ropes:
+            if not isinstance(rope, dict):
+                refuse("rope_parameters", "an object", rope)
             if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
                 refuse("rope_type", '"default" (scaled rotary embeddings are not implemented)', rope_type)
         theta = [rope["rope_theta"] for rope in ropes if "rope_theta" in rope]
@@ -85,12 +87,17 @@ class ModelConfig:
             values["sliding_window"] = None
         if values["dtype"] not in DTYPES:
             refuse("dtype", f"one of {', '.join(DTYPES)}", values["dtype"])
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if not isinstance(values.get(key), int) or values[key] < 1:
-                refuse(key, "a positive integer", values.get(key))
+
+        def require_integers(*keys):
+            for key in keys:
+                if not isinstance(values.get(key), int) or values[key] < 1:
+                    refuse(key, "a positive integer", values.get(key))
+
+        require_integers("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         heads = values["num_attention_heads"]
         values["num_key_value_heads"] = values["num_key_value_heads"] or heads
         values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+        require_integers("num_key_value_heads", "head_dim", "max_position_embeddings")
         if heads % values["num_key_value_heads"]:
             refuse("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", values["num_key_value_heads"])
         return cls(**values)
@@ -242,7 +249,7 @@ class Transformer(nn.Module):
         return load_pretrained(cls, config, folder, dtype, device)
 
     def save_pretrained(self, folder, shard_bytes=SHARD_BYTES):
-        """Write the folder in Hugging Face layout, whole or not at all."""
+        """Write a new folder in Hugging Face layout, whole or not at all. FileExistsError if something is there."""
         with whole(folder) as temporary:
             self.write_pretrained(temporary, shard_bytes)
 
@@ -250,6 +257,14 @@ class Transformer(nn.Module):
         save_weights(self, folder, shard_bytes)
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         write_json(Path(folder) / "config.json", dataclasses.replace(self.config, dtype=dtype).to_json())
+
+
+def check_device(device):
+    """ValueError if this machine, or this torch, has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 @torch.no_grad()
@@ -280,8 +295,9 @@ def weight_files(folder):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected a checkpoint in Hugging Face layout")
     if index.is_file():
-        if not isinstance(files := read_json(index).get("weight_map"), dict):
-            raise ValueError(f"{index}: has no weight_map")
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise ValueError(f"{index}: expected a weight_map from tensor names to file names")
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name}: no such file, but {index.name} names it")
@@ -418,9 +434,10 @@ def generate(
     """Sample responses: N token lists -> N lists of K token lists, each with the stop token it ended on, if any.
 
     A pool of at most `rows` rows decodes together. A prompt is computed once and its cache copied to the rows of
-    its K samples; a row that has stopped takes the next waiting sample. The text depends on the seed alone, not
-    on `rows`. `progress` is a tqdm bar, moved once a finished response. Prompts that leave no room for
-    max_new_tokens in the model's context raise ValueError.
+    its K samples; a row that has stopped takes the next waiting sample. Each response draws from a seed of its own,
+    so in float32 the text does not depend on `rows` (in bfloat16 the logits do, in their last bits). `progress` is a
+    tqdm bar, moved once a finished response. A prompt that leaves no room for max_new_tokens in the model's context
+    raises ValueError.
     """
     config, parameter = model.config, next(model.parameters())
     longest, context = max(map(len, prompts)), config.max_position_embeddings

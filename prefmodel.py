@@ -10,6 +10,7 @@ a checkpoint folder, or `module:function` for a rule, an API or a person.
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import model as transformer
-from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, whole, write_json, write_lines
+from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_json, write_lines
+from model import Decoder, ModelConfig, check_device, initialize, load_pretrained, load_weights, save_weights
 
 
 class Rule:
@@ -32,7 +33,7 @@ class Rule:
     def preferences(self, prompt, responses):
         table, K = self.function(prompt, responses, **self.arguments), len(responses)
         try:
-            table = torch.as_tensor(table, dtype=torch.float32)
+            table = torch.as_tensor(table, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError):
             table = torch.empty(0)
         if table.shape != (K, K):
@@ -41,13 +42,8 @@ class Rule:
             raise ValueError(f"judge {name}: expected a {K} × {K} table for prompt {prompt[:40]!r}, found shape {found}")
         return table
 
-    def preferences_many(self, prompts, responses, progress=None):
-        tables = []
-        for prompt, texts in zip(prompts, responses, strict=True):
-            tables.append(self.preferences(prompt, texts))
-            if progress is not None:
-                progress.update()
-        return torch.stack(tables)
+    def preferences_many(self, prompts, responses):
+        return torch.stack([self.preferences(*row) for row in zip(prompts, responses, strict=True)])
 
 
 class PreferenceModel(nn.Module):
@@ -65,7 +61,7 @@ class PreferenceModel(nn.Module):
         if not scalar and not cyclic:
             raise ValueError("a preference model needs a scalar head or a cyclic head of k > 0")
         self.config, self.template = config, template
-        self.model = transformer.Decoder(config)
+        self.model = Decoder(config)
         self.scalar_head = nn.Linear(config.hidden_size, 1, bias=False) if scalar else None
         self.cyclic_head = nn.Linear(config.hidden_size, 2 * cyclic, bias=False) if cyclic else None
         self.tokenizer = None
@@ -79,17 +75,23 @@ class PreferenceModel(nn.Module):
 
     def read(self, texts):
         """(prompt, response) pairs -> r, v, with gradients."""
-        context, eos = self.config.max_position_embeddings, self.tokenizer.eos
-        rows = [self.tokenizer.judged_ids(*text, self.template) for text in texts]
-        rows = [row if len(row) <= context else row[: context - 1] + [eos] for row in rows]
+        rows = [self.cut(self.tokenizer.judged_ids(*text, self.template), text[0]) for text in texts]
         device = self.model.embed_tokens.weight.device
         return self(pad(rows, device), torch.tensor([len(row) for row in rows], device=device))
+
+    def cut(self, ids, prompt):
+        context = self.config.max_position_embeddings
+        if len(ids) <= context:
+            return ids
+        if len(self.tokenizer.prompt_ids(prompt, self.template)) + 2 > context:
+            raise ValueError(f"judge: prompt {prompt[:40]!r} leaves no room for a response in its context of {context} tokens")
+        return ids[: context - 1] + [self.tokenizer.eos]
 
     def preferences(self, prompt, responses):
         return self.preferences_many([prompt], [responses])[0]
 
     @torch.no_grad()
-    def preferences_many(self, prompts, responses, progress=None, rows=64):
+    def preferences_many(self, prompts, responses, rows=64):
         """N prompts, N lists of K responses -> (N, K, K): N × K forward rows, `rows` at a time, similar lengths together."""
         N, K = len(prompts), len(responses[0])
         texts = [(prompt, text) for prompt, row in zip(prompts, responses, strict=True) for text in row]
@@ -99,8 +101,6 @@ class PreferenceModel(nn.Module):
             chunk = order[start : start + rows]
             for i, r, v in zip(chunk, *self.read([texts[i] for i in chunk])):
                 scalars[i], vectors[i] = r, v
-            if progress is not None:
-                progress.update(len(chunk) / K)
         logits = preference_logits(torch.stack(scalars).view(N, K), torch.stack(vectors).view(N, K, -1))
         return torch.sigmoid(logits).cpu()
 
@@ -109,26 +109,29 @@ class PreferenceModel(nn.Module):
         """Read a judge folder: a checkpoint whose config.json has `preference_head`, and its tokenizer."""
         path = Path(folder) / "config.json"
         head = read_json(path).get("preference_head")
-        if head is None:
-            raise ValueError(f"{path}: has no preference_head, expected a judge as `prefmodel.py train` writes it")
-        judge = transformer.load_pretrained(cls, transformer.ModelConfig.from_json(path), folder, dtype, device, **head)
+        if not isinstance(head, dict) or head.keys() != {"scalar", "cyclic", "template"}:
+            found = "nothing" if head is None else json.dumps(head)
+            raise ValueError(f"{path}: preference_head is {found}, expected a judge as `prefmodel.py train` writes it")
+        judge = load_pretrained(cls, ModelConfig.from_json(path), folder, dtype, device, **head)
         judge.tokenizer = Tokenizer(folder)
+        judge.tokenizer.check_vocabulary(judge.config.vocab_size)
         return judge
 
     @classmethod
     def from_backbone(cls, folder, generator, device=None, pretrained=True, **head):
         """Put fresh heads on the transformer of a checkpoint folder (pretrained=False: on one of its shape)."""
-        config = transformer.ModelConfig.from_json(Path(folder) / "config.json")
-        judge = transformer.initialize(cls(config, **head), generator).to(device)
+        config = ModelConfig.from_json(Path(folder) / "config.json")
+        judge = initialize(cls(config, **head), generator).to(device)
         if pretrained:
-            transformer.load_weights(judge.model, folder, unused=("lm_head.",), prefix="model.")
+            load_weights(judge.model, folder, unused=("lm_head.",), prefix="model.")
         judge.tokenizer = Tokenizer(folder)
+        judge.tokenizer.check_vocabulary(judge.config.vocab_size)
         return judge
 
     def save_pretrained(self, folder):
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         with whole(folder) as temporary:
-            transformer.save_weights(self, temporary)
+            save_weights(self, temporary)
             head = {
                 "scalar": self.scalar_head is not None,
                 "cyclic": 0 if self.cyclic_head is None else self.cyclic_head.out_features // 2,
@@ -148,7 +151,8 @@ def preference_logits(r, v):
 def train_preference_model(judge, pairs, epochs, lr, batch, generator, progress=None):
     """Fit P(chosen beats rejected) to each pair's probability by cross-entropy. Returns a dictionary of numbers a step.
 
-    Hard labels are probabilities of 1; shares of votes are soft labels. AdamW, learning rate falling linearly to 0.
+    Hard labels are probabilities of 1; shares of votes are soft labels. AdamW; the learning rate
+    rises over the first tenth of the steps and then falls linearly to 0.
     """
     steps, total = [], epochs * -(-len(pairs) // batch)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
@@ -162,7 +166,7 @@ def train_preference_model(judge, pairs, epochs, lr, batch, generator, progress=
             loss = F.binary_cross_entropy_with_logits(logit, probability)
             loss.backward()
             for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - len(steps) / total)
+                group["lr"] = lr * min((len(steps) + 1) / (0.1 * total), 1 - len(steps) / total)
             torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -199,12 +203,31 @@ def load_judge(spec, device=None, dtype=None):
         raise ValueError(f"judge {spec}: {error}") from None
     finally:
         sys.path.remove("")
-    if not hasattr(found, "preferences_many"):
-        return Rule(found, **arguments)
-    return found(**arguments) if isinstance(found, type) else found
+    if isinstance(found, type):
+        found, arguments = found(**arguments), {}
+    if hasattr(found, "preferences_many"):
+        return found
+    found = getattr(found, "preferences", found)
+    try:
+        inspect.signature(found).bind("prompt", ["response"], **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"judge {spec}: cannot be called with a prompt, a list of responses and {arguments}: {error}") from None
+    return Rule(found, **arguments)
 
 
 # ------------------------------------------------------------------------------------------------ command line
+
+
+def natural(text):
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def main():
@@ -215,15 +238,17 @@ def main():
     command.add_argument("--out", required=True, help="folder for the judge")
     command.add_argument("--from-scratch", action="store_true", help="take only the backbone's shape, not its weights")
     command.add_argument("--scalar", action=argparse.BooleanOptionalAction, default=True, help="scalar head (Bradley–Terry part)")
-    command.add_argument("--cyclic", type=int, default=2, metavar="k", help="size of the cyclic head is 2k; 0 for none")
+    command.add_argument("--cyclic", type=natural, default=2, metavar="k", help="size of the cyclic head is 2k; 0 for none")
     command.add_argument("--template", choices=TEMPLATES, default="mistral", help="how prompt and response are joined")
-    command.add_argument("--epochs", type=int, default=2)
-    command.add_argument("--batch", type=int, default=32, help="pairs per optimizer step")
-    command.add_argument("--lr", type=float, default=3e-4, help="first learning rate, falls linearly to zero")
+    command.add_argument("--epochs", type=positive, default=2)
+    command.add_argument("--batch", type=positive, default=32, help="pairs per optimizer step")
+    command.add_argument("--lr", type=float, default=3e-4, help="largest learning rate, after a tenth of the steps")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="cpu")
     args = parser.parse_args()
     try:
+        check_device(args.device)
+        vacant(args.out)  # before hours of training, not after
         pairs, generator = read_pairs(args.pairs), torch.Generator().manual_seed(args.seed)
         head = {"scalar": args.scalar, "cyclic": args.cyclic, "template": args.template}
         judge = PreferenceModel.from_backbone(args.backbone, generator, args.device, not args.from_scratch, **head)

@@ -61,7 +61,7 @@ def sppo_target(win_rate, eta, baseline=0.5):
 
 def normalized_target(win_rate, eta):
     """log K + log_softmax(ηP̂): eq. 4.5 with log Z computed exactly on the K samples; the whole row (..., K) is needed."""
-    return torch.log_softmax(eta * win_rate, dim=-1) + torch.log(torch.tensor(float(win_rate.shape[-1])))
+    return torch.log_softmax(eta * win_rate, dim=-1) + math.log(win_rate.shape[-1])
 
 
 def optimistic_target(win_rate, previous_win_rate, eta):
@@ -145,8 +145,8 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
       sample(prompts) -> N lists of K responses from the current policy
       judge(prompts, responses) -> (N, K, K), P(y_i beats y_j)
       logps(prompts, responses) -> (N, S) log-probabilities under the current policy, differentiable
-      previous(prompts, responses) -> (N, K) win rates against π_{t-1}      (target optimistic)
-      reference(prompts, responses) -> (N, S) log-probabilities under μ     (target regularized)
+      previous(prompts, responses, win_rate) -> (N, K) win rates against π_{t-1}, if there is one  (target optimistic)
+      reference(prompts, responses) -> (N, S) log-probabilities under μ                         (target regularized)
     and `policy`, the module whose parameters are trained. `memo(name, compute)` may return what an interrupted run
     already has; by default it computes. `log` is called once an optimizer step with numbers.
     """
@@ -169,7 +169,7 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
     elif config.target == "normalized":
         target = normalized_target(win_rate, config.eta).gather(1, chosen)
     elif config.target == "optimistic":
-        previous = memo("previous", lambda: game.previous(prompts, responses))  # (N, K)
+        previous = memo("previous", lambda: game.previous(prompts, responses, win_rate))  # (N, K)
         target = optimistic_target(win_rate, previous, config.eta).gather(1, chosen)
     else:
         log_ratio = logp - memo("reference", lambda: game.reference(prompts, selected))  # (N, S): log π_t/μ
@@ -208,6 +208,8 @@ def fit(game, prompts, selected, old_logp, target, config, generator, log):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             norm = torch.nn.utils.clip_grad_norm_(game.policy.parameters(), config.clip)
+            if not torch.isfinite(norm):
+                raise ValueError(f"optimizer step {len(steps) + 1}: the gradient norm is {norm.item()}; lower --lr or --eta")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps.append(step_numbers(epoch, torch.cat(losses), torch.cat(ratios), target[batch], norm, lr))
@@ -235,6 +237,7 @@ def step_numbers(epoch, loss, log_ratio, target, norm, lr):
     return {
         "epoch": epoch,
         "loss": loss.mean().item(),
+        "mean_squared_target": target.pow(2).mean().item(),  # the loss of --loss sppo where log π_θ/π_t is still 0
         "best_log_ratio": log_ratio.gather(1, best[:, None]).mean().item(),
         "worst_log_ratio": log_ratio.gather(1, worst[:, None]).mean().item(),
         "gradient_norm": norm.item(),

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import inspect
 import itertools
+import math
 import re
 import resource
 import sys
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from data import TEMPLATES, Prompt, Tokenizer, pad_responses, prompt_text, read_json, read_lines, read_prompts
 from data import append_line, remove, whole, write_json, write_lines
-from model import DTYPES, Transformer, generate, load_weights
+from model import DTYPES, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
 from sppo import PAIR_LOSSES, TARGETS, RoundConfig, score, sequence_logps, sppo_round, win_rates
 
@@ -59,6 +60,8 @@ class TrainConfig(RoundConfig):
     dtype: str = "float32"  # of the policy's weights
 
 
+JUDGED_TOGETHER = 32  # prompts
+
 CHOICES = {
     "loss": ("sppo", *PAIR_LOSSES), "target": TARGETS, "select": ("best-worst", "all"),
     "optimizer": ("rmsprop", "adamw"), "template": TEMPLATES, "dtype": tuple(DTYPES),
@@ -78,10 +81,11 @@ PRESETS = {
     ),
     # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimiser and micro-batch are those of the
     # authors' code (uclaml/SPPO), as are 2048 new tokens (scripts/generate.sh). Sampling is the paper's 1.0 / 1.0.
+    # Weights are float32: in bfloat16, updates of 5e-7 round away.
     "mistral-7b": dict(
         rounds=3, samples=5, select="best-worst", eta=1000.0, lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=18,
         batch=64, micro_batch=1, optimizer="rmsprop", temperature=1.0, top_p=1.0, max_new_tokens=2048,
-        template="mistral", dtype="bfloat16",
+        template="mistral", dtype="float32", pool=32,
     ),
 }  # fmt: skip
 
@@ -102,22 +106,31 @@ def parse_config(arguments=None):
     return TrainConfig(**(preset | flags))
 
 
+RANGES = {  # flag: (smallest, largest) that makes sense, both included
+    "rounds": (1, math.inf), "epochs": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf),
+    "pool": (1, math.inf), "max_new_tokens": (1, math.inf), "samples": (2, math.inf), "seed": (0, math.inf), "temperature": (0, 1e6), "top_p": (1e-9, 1),
+    "eta": (1e-9, 1e9), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12), "tau": (0, 1e9), "reference_every": (0, math.inf),
+}  # fmt: skip
+
+
 def check(config):
-    """Settings that contradict each other or say nothing, refused before anything is loaded."""
+    """Settings that are out of range, contradict each other or say nothing, refused before anything is loaded."""
     for name in ("policy", "judge", "prompts", "out"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing (or name a --preset that sets it)")
-    for name in ("rounds", "epochs", "batch", "micro_batch", "max_new_tokens", "pool"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least 1")
-    if config.samples < 2:
-        raise ValueError(f"--samples is {config.samples}, expected at least 2: a response needs an opponent")
-    if config.eta <= 0:
-        raise ValueError(f"--eta is {config.eta}, expected more than 0")
-    if config.temperature < 0 or not 0 < config.top_p <= 1:
-        raise ValueError(f"--temperature {config.temperature}, --top-p {config.top_p}: expected at least 0, and 0 < top-p <= 1")
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name) <= high:  # NaN is in no range
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected {bounds}")
+    if config.schedule_epochs is not None and config.schedule_epochs < config.epochs:
+        raise ValueError(f"--schedule-epochs is {config.schedule_epochs}, expected at least --epochs {config.epochs}")
     if config.loss != "sppo" and (config.select, config.target) != ("best-worst", "sppo"):
         raise ValueError(f"--loss {config.loss} compares winner and loser: it goes with --select best-worst and no --target")
+    if config.target != "regularized" and (config.reference or config.reference_every):
+        raise ValueError("--reference and --reference-every go with --target regularized")
+    if config.reference and not Path(config.reference).is_dir():
+        raise FileNotFoundError(f"--reference {config.reference}: no such folder")
+    check_device(config.device)
 
 
 # ------------------------------------------------------------------------------------------------ the game
@@ -144,17 +157,24 @@ class TextGame:
         )  # fmt: skip
 
     def judge(self, prompts, responses):
-        texts = [self.texts(prompt, row) for prompt, row in zip(prompts, responses, strict=True)]
-        table = self.judge_model.preferences_many([prompt.text for prompt in prompts], texts, self.progress)
-        N, K = len(texts), len(texts[0])
-        if table.shape != (N, K, K):
-            raise ValueError(f"judge {self.config.judge}: expected preferences ({N}, {K}, {K}), found {tuple(table.shape)}")
-        for prompt, one in zip(prompts, table):
-            try:
-                win_rates(one)
-            except ValueError as error:
-                raise ValueError(f"judge {self.config.judge}, prompt {prompt.text[:40]!r}: {error}") from None
-        return table
+        """The judge's tables (N, K, K), a few dozen prompts at a time; ValueError names a prompt whose table is none."""
+        tables = []
+        for start in range(0, len(prompts), JUDGED_TOGETHER):
+            some = prompts[start : start + JUDGED_TOGETHER]
+            texts = [self.texts(prompt, row) for prompt, row in zip(some, responses[start:])]
+            table = self.judge_model.preferences_many([prompt.text for prompt in some], texts)
+            table = torch.as_tensor(table, dtype=torch.float32).detach().cpu()
+            N, K = len(texts), len(texts[0])
+            if table.shape != (N, K, K):
+                raise ValueError(f"judge {self.config.judge}: expected preferences ({N}, {K}, {K}), found {tuple(table.shape)}")
+            for prompt, one in zip(some, table):
+                try:
+                    win_rates(one)
+                except ValueError as error:
+                    raise ValueError(f"judge {self.config.judge}, prompt {prompt.text[:40]!r}: {error}") from None
+            tables.append(table)
+            self.progress.update(N)
+        return torch.cat(tables)
 
     def texts(self, prompt, responses):
         return [self.tokenizer.response_text(prompt.ids, response, self.config.template) for response in responses]
@@ -173,16 +193,16 @@ class TextGame:
         self.progress.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
         append_line(Path(self.config.out) / "metrics.jsonl", {"round": self.number} | step)
 
-    def previous(self, prompts, responses):
-        """Win rates (N, K) of the responses against as many of π_{t-1}, which in round 1 is π_1 itself."""
+    def previous(self, prompts, responses, win_rate):
+        """Win rates (N, K) of the responses against as many of π_{t-1}; in round 1, which has none, those against π_1."""
+        config, K = self.config, self.config.samples
         if self.number == 1:
-            return win_rates(self.judge(prompts, responses))
-        if self.config.reuse_prompts:
-            earlier = read_responses(round_folder(self.config, self.number - 1) / "responses.jsonl", prompts)
+            return win_rate
+        if config.reuse_prompts:
+            earlier = read_responses(round_folder(config, self.number - 1) / "responses.jsonl", prompts)
         else:  # that round saw other prompts
-            earlier = self.with_weights(policy_folder(self.config, self.number - 1), lambda: self.sample(prompts, stage=2))
+            earlier = self.with_weights(policy_folder(config, self.number - 1), lambda: self.sample(prompts, stage=2))
         both = self.judge(prompts, [new + old for new, old in zip(responses, earlier, strict=True)])  # (N, 2K, 2K)
-        K = self.config.samples
         return both[:, :K, K:].mean(-1)
 
     def reference(self, prompts, responses):
@@ -276,7 +296,7 @@ def read_responses(path, prompts):
 def peak_memory(config):
     """Largest memory of this process so far, in GB: of the GPU where there is one, else resident."""
     if config.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(config.device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -314,9 +334,8 @@ def load(config):
     tokenizer = Tokenizer(config.policy)
     prompts = load_prompts(config, tokenizer)
     policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
-    vocabulary, context = policy.config.vocab_size, policy.config.max_position_embeddings
-    if tokenizer.vocab_size > vocabulary:
-        raise ValueError(f"{config.policy}: tokenizer.json has {tokenizer.vocab_size} tokens, vocab_size is {vocabulary}")
+    tokenizer.check_vocabulary(policy.config.vocab_size)
+    context = policy.config.max_position_embeddings
     for prompt in itertools.chain(*prompts):
         if len(prompt.ids) + config.max_new_tokens > context:
             raise ValueError(

@@ -226,8 +226,22 @@ def test_an_empty_module_name_is_not_called_broken_json():
 
 
 def test_a_checkpoint_without_a_head_is_refused(backbone):
-    with pytest.raises(ValueError, match="config.json: has no preference_head"):
+    with pytest.raises(ValueError, match="config.json: preference_head is nothing, expected a judge"):
         load_judge(str(backbone))
+
+
+def test_a_prompt_that_fills_the_judges_context_is_refused_and_a_long_response_is_cut(backbone):
+    judge = make(backbone)
+    assert judge.preferences("3+4=", ["7." * 40, "8."]).shape == (2, 2)
+    with pytest.raises(ValueError, match="leaves no room for a response in its context of 32 tokens"):
+        judge.preferences("3+4=" * 10, ["7.", "8."])
+
+
+def test_an_object_with_preferences_alone_is_a_judge(tmp_path, monkeypatch):
+    source = "class Coin:\n    def preferences(self, prompt, responses):\n        return [[0.5, 0.5], [0.5, 0.5]]\n"
+    (tmp_path / "my_object.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert (load_judge("my_object:Coin").preferences_many(["p"], [["a", "b"]]) == 0.5).all()
 
 
 # ------------------------------------------------------------------------------------------------ command line

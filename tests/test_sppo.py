@@ -269,7 +269,7 @@ class TabularGame:
     def logps(self, prompts, responses):
         return self.policy.logits.log_softmax(-1)[prompts].gather(1, torch.tensor(responses)[..., 0])
 
-    def previous(self, prompts, responses):
+    def previous(self, prompts, responses, win_rate):
         return win_rates(self.judge(prompts, responses)).flip(-1)
 
     def reference(self, prompts, responses):

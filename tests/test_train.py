@@ -464,7 +464,7 @@ def fickle(prompt, responses, path):
 class Flat:
     """A judge that gives a score for each response where a table is expected."""
 
-    def preferences_many(self, prompts, responses, progress=None):
+    def preferences_many(self, prompts, responses):
         return torch.full((len(responses), len(responses[0])), 0.5)
 
 
@@ -497,8 +497,14 @@ def test_a_judge_object_that_returns_the_wrong_shape_is_reported(world, tmp_path
 REFUSED = {
     "one sample": (dict(samples=1), "--samples is 1, expected at least 2"),
     "no rounds": (dict(rounds=0), "--rounds is 0, expected at least 1"),
-    "no step size": (dict(eta=0.0), "--eta is 0.0, expected more than 0"),
-    "top-p of 0": (dict(top_p=0.0), "--top-p 0.0"),
+    "no step size": (dict(eta=0.0), "--eta is 0.0, expected from"),
+    "eta that is no number": (dict(eta=float("nan")), "--eta is nan"),
+    "negative clip": (dict(clip=-1.0), "--clip is -1.0"),
+    "schedule shorter than the epochs": (dict(epochs=3, schedule_epochs=1), "--schedule-epochs is 1, expected at least"),
+    "no such device": (dict(device="nowhere"), "--device nowhere"),
+    "reference without regularized": (dict(reference_every=2), "--reference-every go with --target regularized"),
+    "reference that is absent": (dict(target="regularized", reference="nowhere"), "--reference nowhere: no such folder"),
+    "top-p of 0": (dict(top_p=0.0), "--top-p is 0.0, expected from"),
     "baseline on all": (dict(loss="dpo"), "--loss dpo compares winner and loser"),
     "baseline with target": (dict(loss="ipo", select="best-worst", target="normalized"), "--loss ipo compares"),
     "no policy": (dict(policy="nowhere/policy"), "nowhere/policy"),
@@ -533,7 +539,7 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(world, tmp_pat
     small.save_pretrained(tmp_path / "policy")
     Tokenizer(world / "policy").copy_to(tmp_path / "policy")
     line = refused(capsys, world, tmp_path / "run", policy=str(tmp_path / "policy"))
-    assert "tokenizer.json has 18 tokens, vocab_size is 17" in line
+    assert "tokenizer.json has 18 tokens, but the model's vocab_size is 17" in line
 
 
 @pytest.mark.parametrize("wrong", [["--no-such-flag", "1"], ["--loss", "ppo"], ["--preset", "huge"], ["--eta", "much"]])
@@ -597,3 +603,9 @@ def test_the_debug_preset_has_something_to_learn(debug_run):
     """Else every target, gradient and log-ratio in the debugger is 0."""
     rounds = [row for row in lines(debug_run[0] / "out/debug/metrics.jsonl") if "loss" not in row]
     assert all(row["first_loss"] > 0 for row in rounds)
+
+
+def test_a_run_that_diverges_stops_before_its_weights_are_kept(world, tmp_path, capsys):
+    line = refused(capsys, world, tmp_path / "run", lr=999.0, epochs=50)
+    assert "the gradient norm is" in line and "lower --lr or --eta" in line
+    assert not list((tmp_path / "run").glob("round-02/policy"))

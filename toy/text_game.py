@@ -24,7 +24,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tqdm import tqdm
 
-from data import Tokenizer, pad_responses, read_json, read_pairs, whole, write_json, write_lines
+from data import Tokenizer, pad_responses, read_json, read_pairs, remove, whole, write_json, write_lines
 from model import KVCache, ModelConfig, Transformer, initialize, prefill
 from prefmodel import PreferenceModel, train_preference_model
 from sppo import sequence_logps
@@ -130,8 +130,12 @@ def draw_pairs(count, strengths, generator):
 
 
 def build(world, seed=0, strengths=STRENGTHS, pairs=40_000):
-    """Write the world's folders: policy/, judge/, prompts.jsonl, pairs.jsonl, world.json."""
+    """Write the world's folders: policy/, judge/, prompts.jsonl, pairs.jsonl, world.json; the last one when all is there."""
     world, generator = Path(world), torch.Generator().manual_seed(seed)
+    if (world / "world.json").exists():
+        raise FileExistsError(f"{world}: a world is there already; choose another folder, or delete it")
+    for name in ("policy", "judge"):  # of a build that was stopped
+        remove(world / name)
     write_lines(world / "prompts.jsonl", [{"prompt": prompt} for prompt in SUMS])
     model = initialize(Transformer(model_config()), generator)
     with whole(world / "policy") as folder:
