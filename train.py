@@ -106,10 +106,10 @@ def parse_config(arguments=None):
     return TrainConfig(**(preset | flags))
 
 
-RANGES = {  # flag: (smallest, largest) that makes sense, both included
-    "rounds": (1, math.inf), "epochs": (1, math.inf), "batch": (1, math.inf), "micro_batch": (1, math.inf),
-    "pool": (1, math.inf), "max_new_tokens": (1, math.inf), "samples": (2, math.inf), "seed": (0, math.inf), "temperature": (0, 1e6), "top_p": (1e-9, 1),
-    "eta": (1e-9, 1e9), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12), "tau": (0, 1e9), "reference_every": (0, math.inf),
+COUNTS = ("rounds", "epochs", "batch", "micro_batch", "pool", "max_new_tokens")
+RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | {  # (smallest, largest) that makes sense, both included
+    "samples": (2, math.inf), "seed": (0, math.inf), "reference_every": (0, math.inf), "eta": (1e-9, 1e9), "tau": (0, 1e9),
+    "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12), "temperature": (0, 1e6), "top_p": (1e-9, 1),
 }  # fmt: skip
 
 

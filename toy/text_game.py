@@ -145,9 +145,9 @@ def build(world, seed=0, strengths=STRENGTHS, pairs=40_000):
         model.write_pretrained(folder)
     write_lines(world / "pairs.jsonl", draw_pairs(pairs, strengths, generator))
     judged = read_pairs(world / "pairs.jsonl")
-    judge = PreferenceModel.from_backbone(world / "policy", generator, scalar=True, cyclic=2, template="plain")
-    with tqdm(total=3 * len(judged), unit="pair", desc="learned judge") as progress:
-        train_preference_model(judge, judged, epochs=3, lr=1e-3, batch=250, generator=generator, progress=progress)
+    judge = PreferenceModel.from_backbone(world / "policy", generator, scalar=True, cyclic=4, template="plain")
+    with tqdm(total=4 * len(judged), unit="pair", desc="learned judge") as progress:
+        train_preference_model(judge, judged, epochs=4, lr=1e-3, batch=250, generator=generator, progress=progress)
     judge.save_pretrained(world / "judge")
     write_json(world / "world.json", {"seed": seed, "strengths": list(strengths), "quality": QUALITY})
 
