@@ -452,15 +452,17 @@ def generate(
     responses = [[[] for _ in range(K)] for _ in range(N)]
     waiting = deque((n, k) for n in range(N) for k in range(K))
     rows = min(rows, N * K)
-    owner = [None] * rows  # which (n, k) each row is writing
+    writing = [None] * rows  # the response that each row is writing
     noise = torch.zeros(rows, max_new_tokens, device=parameter.device)
     logits = torch.zeros(rows, config.vocab_size, device=parameter.device, dtype=parameter.dtype)
     cache = KVCache(config, rows, longest + max_new_tokens, parameter.device, parameter.dtype)
     prefix = {}  # prompt n -> (cache, row in it, next-token logits), while samples of it are waiting
 
-    while waiting or any(owner):
-        idle = [row for row, sample in enumerate(owner) if sample is None]
-        if waiting and len(idle) * 4 >= rows:  # refilling costs a pass over new prompts: not for every single row
+    while True:
+        idle = [row for row, response in enumerate(writing) if response is None]
+        if not waiting and len(idle) == len(writing):
+            return responses
+        if waiting and len(idle) * 4 >= len(writing):  # refilling costs a pass over new prompts: not for every single row
             admitted = {row: waiting.popleft() for row in idle[: len(waiting)]}
             prefill(model, prompts, {n for n, _ in admitted.values()}, prefix)
             for n in sorted({n for n, _ in admitted.values()}):
@@ -470,27 +472,26 @@ def generate(
                 if not waiting or waiting[0][0] != n:
                     del prefix[n]
             noise[list(admitted)] = response_noise([seeds[n][k] for n, k in admitted.values()], max_new_tokens).to(noise)
-            for row, sample in admitted.items():
-                owner[row] = sample
-        elif not waiting and len(idle) * 2 >= rows:  # the tail: carry on with the living rows only
-            alive = [row for row, sample in enumerate(owner) if sample is not None]
+            for row, (n, k) in admitted.items():
+                writing[row] = responses[n][k]
+        elif not waiting and len(idle) * 2 >= len(writing):  # the tail: carry on with the living rows only
+            alive = [row for row, response in enumerate(writing) if response is not None]
             cache.keep(alive)
-            owner, noise, logits, rows = [owner[row] for row in alive], noise[alive], logits[alive], len(alive)
+            writing, noise, logits = [writing[row] for row in alive], noise[alive], logits[alive]
 
-        written = torch.tensor([len(responses[o[0]][o[1]]) if o else 0 for o in owner], device=noise.device)
+        written = torch.tensor([len(response or ()) for response in writing], device=noise.device)
         token = sample_token(logits, noise.gather(1, written[:, None])[:, 0], temperature, top_p)
         for row, value in enumerate(token.tolist()):
-            if owner[row] is not None:
-                response = responses[owner[row][0]][owner[row][1]]
+            if (response := writing[row]) is not None:
                 response.append(value)
                 if value == stop_token or len(response) == max_new_tokens:
-                    owner[row] = None
+                    writing[row] = None
                     if progress is not None:
                         progress.update()
-        if any(owner):
-            cache.length = cache.length * torch.tensor([o is not None for o in owner], device=noise.device)  # idle rows idle at 0
+        living = torch.tensor([response is not None for response in writing], device=noise.device)
+        cache.length = cache.length * living  # a row without a response idles at its first position
+        if living.any():
             logits = model.head(model.model(token[:, None], cache)[:, -1])
-    return responses
 
 
 def prefill(model, prompts, wanted, prefix):
