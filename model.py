@@ -1,14 +1,13 @@
-"""The policy: a Mistral transformer, its key/value cache, sampling, and checkpoints in Hugging Face layout.
+"""The policy: a Mistral transformer, and checkpoints in Hugging Face layout. Sampling from it stands in generate.py.
 
 Modules are named as the tensors of a Hugging Face checkpoint are (`model.layers.0.self_attn.q_proj.weight`), so
-loading is a copy by name. Read it from `Transformer` down to `Attention`, then `generate`.
+loading is a copy by name. Read it from `Transformer` down to `Attention`.
 
 Shapes: B rows, T tokens, S cached positions, V vocabulary, D width, H query heads, G key/value heads, Dh head size.
 """
 
 import dataclasses
 import json
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from data import pad, read_json, whole, write_json
+from data import read_json, whole, write_json
+from generate import KVCache, generate, prefill  # noqa: F401  what a policy can do, importable with it
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5 * 10**9
@@ -363,146 +363,3 @@ def save_weights(module, folder, shard_bytes=SHARD_BYTES):
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
         total = sum(parameter.nbytes for parameter in module.parameters())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-# ------------------------------------------------------------------------------------------------ generation
-
-
-class KVCache:
-    """Keys and values of R rows with room for S positions; `length` (R,) says how many each row has."""
-
-    def __init__(self, config, rows, size, device, dtype):
-        shape = (config.num_hidden_layers, rows, size, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = torch.zeros(rows, dtype=torch.long, device=device)
-
-    def begin(self, position):
-        """Start a forward pass at `position` (B, T); returns S, how far the rows reach after it."""
-        self.position, self.row = position, torch.arange(len(position), device=position.device)[:, None]
-        self.reach = int(position.max()) + 1
-        return self.reach
-
-    def layer(self, index):
-        """The cache of one layer: new k, v (B, G, T, Dh) go in, all k, v (B, G, S, Dh) come out."""
-
-        def extend(k, v):
-            self.keys[index, self.row, self.position] = k.transpose(1, 2)
-            self.values[index, self.row, self.position] = v.transpose(1, 2)
-            return self.keys[index, :, : self.reach].transpose(1, 2), self.values[index, :, : self.reach].transpose(1, 2)
-
-        return extend
-
-    def copy_from(self, other, row, slots):
-        """Give this cache's rows `slots` the content of the other's one `row`."""
-        length = int(other.length[row])
-        self.keys[:, slots, :length] = other.keys[:, row, None, :length]
-        self.values[:, slots, :length] = other.values[:, row, None, :length]
-        self.length[slots] = length
-
-    def keep(self, rows):
-        self.keys, self.values, self.length = self.keys[:, rows], self.values[:, rows], self.length[rows]
-
-
-def sample_token(logits, uniform, temperature, top_p):
-    """Next tokens (R,) from logits (R, V), by inverting the cumulative distribution at uniform (R,) in [0, 1).
-
-    Temperature 0 takes the largest logit. top_p keeps the fewest most likely tokens that together reach it.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probability, token = (logits.float() / temperature).softmax(-1), None
-    if top_p < 1:
-        probability, token = probability.sort(descending=True, stable=True)
-        before = probability.cumsum(-1) - probability
-        probability = probability.masked_fill(before >= top_p, 0.0)
-    cumulative = probability.double().cumsum(-1)  # double: a 32,000-fold sum in float32 would move the tail
-    choice = torch.searchsorted(cumulative, uniform[:, None].double() * cumulative[:, -1:], right=True)
-    return (choice if token is None else token.gather(1, choice))[:, 0]
-
-
-def response_noise(seeds, length):
-    """(R, length) uniform numbers, each row from its own seed: what a row draws does not depend on its neighbours."""
-    return torch.stack([torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-@torch.no_grad()
-def generate(
-    model, prompts, samples_per_prompt, max_new_tokens, stop_token, temperature=1.0, top_p=1.0, generator=None,
-    rows=256, progress=None,
-):  # fmt: skip
-    """Sample responses: N token lists -> N lists of K token lists, each with the stop token it ended on, if any.
-
-    A pool of at most `rows` rows decodes together. A prompt is computed once and its cache copied to the rows of
-    its K samples; a row that has stopped takes the next waiting sample. Each response draws from a seed of its own,
-    so in float32 the text does not depend on `rows` (in bfloat16 the logits do, in their last bits). `progress` is a
-    tqdm bar, moved once a finished response. A prompt that leaves no room for max_new_tokens in the model's context
-    raises ValueError.
-    """
-    config, parameter = model.config, next(model.parameters())
-    longest, context = max(map(len, prompts)), config.max_position_embeddings
-    if longest + max_new_tokens > context:
-        at = next(n for n, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context)
-        raise ValueError(
-            f"prompt {at + 1} has {len(prompts[at])} tokens and the response up to {max_new_tokens}, "
-            f"together more than the model's context of {context} (max_position_embeddings)"
-        )
-    N, K = len(prompts), samples_per_prompt
-    seeds = torch.randint(2**62, (N, K), generator=generator).tolist()
-    responses = [[[] for _ in range(K)] for _ in range(N)]
-    waiting = deque((n, k) for n in range(N) for k in range(K))
-    rows = min(rows, N * K)
-    writing = [None] * rows  # the response that each row is writing
-    noise = torch.zeros(rows, max_new_tokens, device=parameter.device)
-    logits = torch.zeros(rows, config.vocab_size, device=parameter.device, dtype=parameter.dtype)
-    cache = KVCache(config, rows, longest + max_new_tokens, parameter.device, parameter.dtype)
-    prefix = {}  # prompt n -> (cache, row in it, next-token logits), while samples of it are waiting
-
-    while True:
-        idle = [row for row, response in enumerate(writing) if response is None]
-        if not waiting and len(idle) == len(writing):
-            return responses
-        if waiting and len(idle) * 4 >= len(writing):  # refilling costs a pass over new prompts: not for every single row
-            admitted = {row: waiting.popleft() for row in idle[: len(waiting)]}
-            prefill(model, prompts, {n for n, _ in admitted.values()}, prefix)
-            for n in sorted({n for n, _ in admitted.values()}):
-                slots = [row for row, sample in admitted.items() if sample[0] == n]
-                cache.copy_from(*prefix[n][:2], slots)
-                logits[slots] = prefix[n][2]
-                if not waiting or waiting[0][0] != n:
-                    del prefix[n]
-            noise[list(admitted)] = response_noise([seeds[n][k] for n, k in admitted.values()], max_new_tokens).to(noise)
-            for row, (n, k) in admitted.items():
-                writing[row] = responses[n][k]
-        elif not waiting and len(idle) * 2 >= len(writing):  # the tail: carry on with the living rows only
-            alive = [row for row, response in enumerate(writing) if response is not None]
-            cache.keep(alive)
-            writing, noise, logits = [writing[row] for row in alive], noise[alive], logits[alive]
-
-        written = torch.tensor([len(response or ()) for response in writing], device=noise.device)
-        token = sample_token(logits, noise.gather(1, written[:, None])[:, 0], temperature, top_p)
-        for row, value in enumerate(token.tolist()):
-            if (response := writing[row]) is not None:
-                response.append(value)
-                if value == stop_token or len(response) == max_new_tokens:
-                    writing[row] = None
-                    if progress is not None:
-                        progress.update()
-        living = torch.tensor([response is not None for response in writing], device=noise.device)
-        cache.length = cache.length * living  # a row without a response idles at its first position
-        if living.any():
-            logits = model.head(model.model(token[:, None], cache)[:, -1])
-
-
-def prefill(model, prompts, wanted, prefix):
-    """Run the prompts `wanted` that `prefix` lacks, right-padded together, and put their caches and last logits in it."""
-    new = sorted(wanted - prefix.keys())
-    if not new:
-        return
-    parameter = next(model.parameters())
-    tokens = pad([prompts[n] for n in new], parameter.device)
-    cache = KVCache(model.config, *tokens.shape, parameter.device, parameter.dtype)
-    hidden = model.model(tokens, cache)
-    cache.length = torch.tensor([len(prompts[n]) for n in new], device=parameter.device)  # forget the padding
-    logits = model.head(hidden[torch.arange(len(new)), cache.length - 1])
-    prefix |= {n: (cache, row, logits[row]) for row, n in enumerate(new)}
