@@ -408,6 +408,8 @@ def draw(lines, path):
     axes[1, 1].plot(number, [row["mean_tokens"] for row in rounds], ".-", color=blue)
     axes[1, 1].set(xlabel="round", ylabel="tokens", title="Mean length of a response")
     axes[1, 1].set_ylim(0, 1.2 * max(row["mean_tokens"] for row in rounds))
+    for axis in axes[1]:
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for axis in (axes[0, 1], axes[1, 0]):
         axis.legend(frameon=False, loc="upper center", ncols=2)
     with whole(path) as temporary:
