@@ -294,6 +294,11 @@ def write_lines(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def write_figure(path, figure):
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
 def append_line(path, row):
     """Add one JSON line to a log that is read while it grows."""
     try:

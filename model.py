@@ -254,9 +254,7 @@ class Transformer(nn.Module):
             self.write_pretrained(temporary, shard_bytes)
 
     def write_pretrained(self, folder, shard_bytes=SHARD_BYTES):
-        save_weights(self, folder, shard_bytes)
-        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
-        write_json(Path(folder) / "config.json", dataclasses.replace(self.config, dtype=dtype).to_json())
+        save_checkpoint(self, folder, shard_bytes=shard_bytes)
 
 
 def check_device(device):
@@ -340,6 +338,14 @@ def load_weights(module, folder, prefix="", unused=()):
                 raise ValueError(f"{files[name]}: tensor {name} is {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
             parameter.copy_(tensor)
             del tensor  # the mapping goes with it
+
+
+def save_checkpoint(module, folder, extra=None, shard_bytes=SHARD_BYTES):
+    """Write weights and config.json, which gets the dtype that the weights have, and `extra` keys."""
+    save_weights(module, folder, shard_bytes)
+    dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+    config = dataclasses.replace(module.config, dtype=dtype).to_json()
+    write_json(Path(folder) / "config.json", config | (extra or {}))
 
 
 def save_weights(module, folder, shard_bytes=SHARD_BYTES):

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_json, write_lines
-from model import Decoder, ModelConfig, check_device, initialize, load_pretrained, load_weights, save_weights
+from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_lines
+from model import Decoder, ModelConfig, check_device, initialize, load_pretrained, load_weights, save_checkpoint
 
 
 class Rule:
@@ -129,16 +129,13 @@ class PreferenceModel(nn.Module):
         return judge
 
     def save_pretrained(self, folder):
-        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        head = {
+            "scalar": self.scalar_head is not None,
+            "cyclic": 0 if self.cyclic_head is None else self.cyclic_head.out_features // 2,
+            "template": self.template,
+        }
         with whole(folder) as temporary:
-            save_weights(self, temporary)
-            head = {
-                "scalar": self.scalar_head is not None,
-                "cyclic": 0 if self.cyclic_head is None else self.cyclic_head.out_features // 2,
-                "template": self.template,
-            }
-            own = {"architectures": ["PreferenceModel"], "preference_head": head}
-            write_json(temporary / "config.json", self.config.to_json() | own | {"dtype": dtype, "torch_dtype": dtype})
+            save_checkpoint(self, temporary, {"architectures": ["PreferenceModel"], "preference_head": head})
             self.tokenizer.copy_to(temporary)
 
 
@@ -218,16 +215,13 @@ def load_judge(spec, device=None, dtype=None):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def natural(text):
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
+def at_least(low):
+    def integer(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}, expected at least {low}")
+        return int(text)
 
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    return integer
 
 
 def main():
@@ -238,10 +232,10 @@ def main():
     command.add_argument("--out", required=True, help="folder for the judge")
     command.add_argument("--from-scratch", action="store_true", help="take only the backbone's shape, not its weights")
     command.add_argument("--scalar", action=argparse.BooleanOptionalAction, default=True, help="scalar head (Bradley–Terry part)")
-    command.add_argument("--cyclic", type=natural, default=2, metavar="k", help="size of the cyclic head is 2k; 0 for none")
+    command.add_argument("--cyclic", type=at_least(0), default=2, metavar="k", help="size of the cyclic head is 2k; 0 for none")
     command.add_argument("--template", choices=TEMPLATES, default="mistral", help="how prompt and response are joined")
-    command.add_argument("--epochs", type=positive, default=2)
-    command.add_argument("--batch", type=positive, default=32, help="pairs per optimizer step")
+    command.add_argument("--epochs", type=at_least(1), default=2)
+    command.add_argument("--batch", type=at_least(1), default=32, help="pairs per optimizer step")
     command.add_argument("--lr", type=float, default=3e-4, help="largest learning rate, after a tenth of the steps")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="cpu")

@@ -12,7 +12,6 @@ even, continues behind its last finished stage when the same command is given ag
 import argparse
 import dataclasses
 import inspect
-import itertools
 import math
 import re
 import resource
@@ -29,8 +28,8 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from data import TEMPLATES, Prompt, Tokenizer, pad_responses, prompt_text, read_json, read_lines, read_prompts
-from data import append_line, remove, whole, write_json, write_lines
-from model import DTYPES, Transformer, check_device, generate, load_weights
+from data import append_line, remove, whole, write_figure, write_json, write_lines
+from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
 from sppo import PAIR_LOSSES, TARGETS, RoundConfig, score, sequence_logps, sppo_round, win_rates
 
@@ -318,10 +317,16 @@ def claim(config):
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def load_prompts(config, tokenizer):
+def load_prompts(config, tokenizer, context):
     """The prompt file as one list of prompts a round: all of them, or every T-th, so that each round sees each kind."""
     texts = read_prompts(config.prompts)
     prompts = [Prompt(prompt_text(text), tokenizer.prompt_ids(text, config.template)) for text in texts]
+    for prompt in prompts:
+        if len(prompt.ids) + config.max_new_tokens > context:
+            raise ValueError(
+                f"{config.prompts}: prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with "
+                f"--max-new-tokens {config.max_new_tokens} is more than the policy's context of {context}"
+            )
     if config.reuse_prompts:
         return [prompts] * config.rounds
     if len(prompts) < config.rounds:
@@ -331,17 +336,10 @@ def load_prompts(config, tokenizer):
 
 def load(config):
     """The policy, tokenizer and judge of a run and its prompts, one list a round; refuses what does not fit together."""
-    tokenizer = Tokenizer(config.policy)
-    prompts = load_prompts(config, tokenizer)
+    tokenizer, sizes = Tokenizer(config.policy), ModelConfig.from_json(Path(config.policy) / "config.json")
+    tokenizer.check_vocabulary(sizes.vocab_size)
+    prompts = load_prompts(config, tokenizer, sizes.max_position_embeddings)  # before the weights, which take longer
     policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
-    tokenizer.check_vocabulary(policy.config.vocab_size)
-    context = policy.config.max_position_embeddings
-    for prompt in itertools.chain(*prompts):
-        if len(prompt.ids) + config.max_new_tokens > context:
-            raise ValueError(
-                f"{config.prompts}: prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with "
-                f"--max-new-tokens {config.max_new_tokens} is more than the policy's context of {context}"
-            )
     return policy, tokenizer, load_judge(config.judge, config.device), prompts
 
 
@@ -412,8 +410,7 @@ def draw(lines, path):
         axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for axis in (axes[0, 1], axes[1, 0]):
         axis.legend(frameon=False, loc="upper center", ncols=2)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def prepare_debugging(config):

@@ -38,13 +38,13 @@ def tiny_model():
 
 
 def letters(prompt, responses):
-    """A judge to whom every difference in text matters, so that a round of an untrained policy has something to learn."""
+    """A judge to whom every difference in text matters, so that a round of any policy has something to learn."""
     score = torch.tensor([sum(map(ord, text)) / 40 for text in responses])
     return torch.sigmoid(score[:, None] - score)
 
 
 def tiny_settings(world, run, **changes):
-    """Settings of a run on the untrained small world (toy.text_game.build_debugging); it takes a fraction of a second."""
+    """Settings of a run on the small world for the debugger (toy.text_game.build_debugging); it takes a fraction of a second."""
     settings = dict(
         policy=f"{world}/policy", judge="conftest:letters", prompts=f"{world}/prompts.jsonl", out=str(run), rounds=2,
         samples=3, max_new_tokens=4, template="plain", reuse_prompts=True, eta=2.0, optimizer="adamw", lr=1e-2, warmup=0.0,

@@ -1,6 +1,6 @@
 """Claims about train.py: what a run leaves on disk, that nothing which stops it changes its numbers, and what it says.
 
-Runs are of the untrained small world, a fraction of a second long. Those that are to be killed, or to meet a full disk,
+Runs are of the small world for the debugger, a fraction of a second long. Those that are to be killed, or to meet a full disk,
 are played in processes forked from a server that has imported everything.
 """
 

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
-from data import Tokenizer, pad_responses, whole, write_json, write_lines
+from data import Tokenizer, pad_responses, write_figure, write_json, write_lines
 from model import Transformer, generate
 from sppo import sequence_logps
 from toy.games import cycle, exploitability
@@ -167,8 +167,7 @@ def draw(result, path):
     right.set(xlabel="round (0: base policy)", ylabel="exploitability (win rate above ½)", title="What a challenger gains")
     right.set_ylim(0, 0.6)
     right.legend(frameon=False, loc="upper left", fontsize=9)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def main():

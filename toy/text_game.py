@@ -14,6 +14,7 @@ probabilities, not estimates.
 """
 
 import argparse
+import functools
 import re
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tqdm import tqdm
 
-from data import Tokenizer, pad_responses, read_json, read_pairs, remove, whole, write_json, write_lines
+from data import Tokenizer, pad_responses, read_json, read_pairs, remove, whole, write_figure, write_json, write_lines
 from model import KVCache, ModelConfig, Transformer, initialize, prefill
 from prefmodel import PreferenceModel, train_preference_model
 from sppo import sequence_logps
@@ -51,6 +52,7 @@ def classify(prompt, response):
     return 3 * (int(match[1]) != SUMS[prompt]) + ENDINGS.index(match[2])
 
 
+@functools.cache
 def payoff(strengths=STRENGTHS):
     """(7, 7) P(class i beats class j) under the oracle."""
     quality = torch.tensor([0, 0, 0, 1, 1, 1, 2])  # 0 is best
@@ -63,7 +65,7 @@ def payoff(strengths=STRENGTHS):
 def oracle(prompt, responses, strengths=STRENGTHS):
     """The judge of last resort, as a rule: `--judge toy.text_game:oracle`."""
     classes = [classify(prompt, response) for response in responses]
-    return payoff(strengths)[classes][:, classes]
+    return payoff(tuple(strengths))[classes][:, classes]
 
 
 # ------------------------------------------------------------------------------------------------ building it
@@ -119,7 +121,7 @@ def train_base(model, tokenizer, steps, batch, generator):
 def draw_pairs(count, strengths, generator):
     """Judged pairs: two responses of many kinds, and a coin flipped once with the oracle's probability."""
     prompts, pairs = list(SUMS), []
-    for _ in range(count):
+    for _ in tqdm(range(count), desc="judged pairs", unit="pair"):
         prompt = prompts[int(torch.randint(len(prompts), (1,), generator=generator))]
         first, second = (draw_response(prompt, 0.7, (1 / 3, 1 / 3, 1 / 3), 0.1, generator) for _ in range(2))
         probability = oracle(prompt, [first, second], strengths)[0, 1]
@@ -215,7 +217,7 @@ def measure(world, run):
     the means of the rounds' shares. The base policy is not part of it.
     """
     world, run = Path(world), Path(run)
-    table = payoff(read_json(world / "world.json")["strengths"])
+    table = payoff(tuple(read_json(world / "world.json")["strengths"]))
     folders = sorted(run.glob("round-*/policy"), key=lambda folder: int(folder.parent.name.removeprefix("round-")))
     if not folders:
         raise FileNotFoundError(f"{run}: no round-01/policy in it, expected the folder of a run")
@@ -277,8 +279,7 @@ def draw(result, path):
     curve.plot(rounds, [1 - row["right"] for row in start + result["rounds"]], ":", color=green, label="wrong answers (share)")
     curve.set(xlabel="round", ylabel="exploitability (win rate above ½)", title="Exact exploitability", ylim=(0, None))
     curve.legend(frameon=False)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def main():
