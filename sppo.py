@@ -59,9 +59,14 @@ def sppo_target(win_rate, eta, baseline=0.5):
     return eta * (win_rate - baseline)
 
 
-def normalized_target(win_rate, eta):
-    """log K + log_softmax(ηP̂): eq. 4.5 with log Z computed exactly on the K samples; the whole row (..., K) is needed."""
-    return torch.log_softmax(eta * win_rate, dim=-1) + math.log(win_rate.shape[-1])
+def normalized_target(win_rate, eta, log_policy=None):
+    """ηP̂ - log Z with Z = Σ_y π_t(y) exp(ηP̂(y)), the exact normaliser; the whole row (..., K) is needed.
+
+    Without log_policy the K samples stand for π_t, 1/K each: eq. 4.5 with Z on the samples themselves. Where all
+    responses can be listed, give their log π_t (..., K): eq. 4.3.
+    """
+    log_policy = -math.log(win_rate.shape[-1]) if log_policy is None else log_policy
+    return eta * win_rate - torch.logsumexp(eta * win_rate + log_policy, -1, keepdim=True)
 
 
 def optimistic_target(win_rate, previous_win_rate, eta):
