@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 from tqdm import tqdm
 
 from data import Tokenizer, pad_responses, read_json, read_pairs, remove, whole, write_figure, write_json, write_lines
-from model import KVCache, ModelConfig, Transformer, initialize, prefill
+from model import KVCache, ModelConfig, Transformer, initialize
 from prefmodel import PreferenceModel, train_preference_model
 from sppo import sequence_logps
 from toy.games import cycle, exploitability, nash
@@ -176,23 +176,31 @@ def class_shares(model, tokenizer):
 
     A response that contains <unk> or <s> counts as malformed, though it decodes to the text without it.
     """
-    endings = [tokenizer.encode(ending) + [tokenizer.eos] for ending in ENDINGS]
-    responses = [tokenizer.encode(number) + ending for number in NUMBERS for ending in endings]
-    tokens, mask = pad_responses([[tokenizer.bos]] * len(responses), responses)  # behind a prompt's last token
-    shares = torch.zeros(len(SUMS), len(CLASSES), dtype=torch.float64)
-    for row, (prompt, total) in enumerate(SUMS.items()):
-        prefix = {}
-        prefill(model, [tokenizer.prompt_ids(prompt, "plain")], {0}, prefix)  # once for all responses
-        prompt_cache, _, logits = prefix[0]
-        cache = KVCache(model.config, len(tokens), prompt_cache.keys.shape[2] + tokens.shape[1], "cpu", logits.dtype)
-        cache.copy_from(prompt_cache, 0, range(len(tokens)))
-        rest = model.head(model.model(tokens[:, 1:], cache))
-        logits = torch.cat([logits.expand(len(tokens), 1, -1), rest], dim=1)  # (300, 5, V)
-        probability = sequence_logps(logits, tokens, mask).double().exp().view(len(NUMBERS), 3)
-        shares[row, :3] = probability[total]
-        shares[row, 3:6] = probability.sum(0) - probability[total]
-    shares[:, 6] = (1 - shares.sum(1)).clamp(min=0)
-    return shares
+    prompts = torch.tensor([tokenizer.prompt_ids(prompt, "plain") for prompt in SUMS])  # all equally long
+    responses = [(*tokenizer.encode(number + ending), tokenizer.eos) for number in NUMBERS for ending in ENDINGS]
+    parts = [probabilities(model, some, responses) for some in prompts.split(25)]  # whose caches stay small
+    probability = torch.cat(parts).view(len(SUMS), len(NUMBERS), len(ENDINGS))
+    right = probability[range(len(SUMS)), list(SUMS.values())]
+    wrong = probability.sum(1) - right
+    malformed = (1 - right.sum(1) - wrong.sum(1)).clamp(min=0)
+    return torch.cat([right, wrong, malformed[:, None]], dim=1)
+
+
+def probabilities(model, prompts, responses):
+    """(n, T) prompts and R responses, tuples of tokens -> (n, R), float64. A beginning that responses share is run once."""
+    n, longest = len(prompts), max(map(len, responses))
+    cache = KVCache(model.config, n, prompts.shape[1] + longest - 1, prompts.device, torch.float32)
+    following = model.head(model.model(prompts, cache)[:, -1]).double().softmax(-1)  # (n, V)
+    beginnings, joint = [()], {(): following}  # joint: of a beginning and each next token
+    for length in range(1, longest):
+        longer = sorted({response[:length] for response in responses if len(response) > length})
+        parent = torch.tensor([beginnings.index(beginning[:-1]) for beginning in longer])
+        cache.keep((parent[:, None] * n + torch.arange(n)).flatten())  # the rows of one beginning are neighbours
+        token = torch.tensor([beginning[-1] for beginning in longer]).repeat_interleave(n)[:, None]
+        following = model.head(model.model(token, cache)[:, -1]).double().softmax(-1).view(len(longer), n, -1)
+        joint |= {b: joint[b[:-1]][:, b[-1], None] * row for b, row in zip(longer, following)}
+        beginnings = longer
+    return torch.stack([joint[response[:-1]][:, response[-1]] for response in responses], dim=1)
 
 
 def describe(shares, table):
