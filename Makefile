@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo test clean
+.PHONY: demo toys test clean
 
 demo: .venv/ready $(DEMO)/world/world.json  ## small world -> SPPO with a learned judge -> exact evaluation, figure
 	$(BIN)/python train.py --preset tiny --policy $(DEMO)/world/policy --judge $(DEMO)/world/judge \
@@ -13,6 +13,9 @@ demo: .venv/ready $(DEMO)/world/world.json  ## small world -> SPPO with a learne
 
 $(DEMO)/world/world.json: | .venv/ready
 	$(BIN)/python -m toy.text_game build $(DEMO)/world
+
+toys: .venv/ready  ## every figure of the laboratory, and its numbers, under out/toy/
+	@for toy in rps tabular likelihood ablations; do echo && echo "toy.$$toy" && $(BIN)/python -m toy.$$toy || exit; done
 
 test: .venv/ready-dev  ## lint, then every test
 	$(BIN)/ruff check .

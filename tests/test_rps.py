@@ -78,7 +78,7 @@ def run(folder, measure, *flags):
 
 
 def test_script_writes_numbers_and_figure_for_its_seed(tmp_path, capsys):
-    assert run(tmp_path / "new", lambda seed: {"value": math.pi * seed}, "--seed", "3") == 0
+    assert run(tmp_path / "new", lambda args: {"value": math.pi * args.seed}, "--seed", "3") == 0
     assert json.loads((tmp_path / "new/name.json").read_text()) == {"value": 3 * math.pi}
     assert (tmp_path / "new/name.png").read_bytes().startswith(b"\x89PNG")
     assert "name.png" in capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_script_writes_numbers_and_figure_for_its_seed(tmp_path, capsys):
 
 def test_script_says_in_one_sentence_what_is_wrong(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert run(tmp_path / "file", lambda seed: pytest.fail("measured for nothing")) == 2
-    assert run(tmp_path, lambda seed: {}, "--seed", "-1") == 2
+    assert run(tmp_path / "file", lambda args: pytest.fail("measured for nothing")) == 2
+    assert run(tmp_path, lambda args: {}, "--seed", "-1") == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "file: not a folder" in errors[0] and "--seed is -1, expected" in errors[1]

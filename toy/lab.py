@@ -13,14 +13,16 @@ from data import write_figure, write_json
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#777777"
 
 
-def script(name, description, measure, print_table, draw, arguments=None):
-    """The command `python -m toy.NAME`: OUT/NAME.json <- measure(seed), OUT/NAME.png <- draw(result), and a table.
+def script(name, description, measure, print_table, draw, arguments=None, flags=lambda parser: None):
+    """The command `python -m toy.NAME`: OUT/NAME.json <- measure(args), OUT/NAME.png <- draw(result), and a table.
 
-    Returns the exit code: 2, and one sentence, if something could not be read or written.
+    args has `seed`, `out` and what `flags(parser)` adds. Returns the exit code: 2, and one sentence, if something could
+    not be read or written.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/toy", help=f"folder for {name}.png and {name}.json [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of everything random [%(default)s]")
+    flags(parser)
     args, start = parser.parse_args(arguments), time.monotonic()
     out = Path(args.out)
     try:
@@ -28,7 +30,7 @@ def script(name, description, measure, print_table, draw, arguments=None):
             raise ValueError(f"--seed is {args.seed}, expected 0 or more")
         if out.exists() and not out.is_dir():  # said before the work, not after it
             raise ValueError(f"--out {out}: not a folder")
-        result = measure(args.seed)
+        result = measure(args)
         write_json(out / f"{name}.json", result)
         write_figure(out / f"{name}.png", draw(result))
     except (ValueError, OSError) as error:

@@ -146,13 +146,13 @@ def compare(payoff, start, eta, rounds, samples, seeds):
 HORIZONS = sorted({round(10 ** (k / 10)) for k in range(41)})  # 1 to 10,000
 
 
-def measure(seed):
+def measure(args):
     """All of it. The seed is that of the random games and of the first of five transformers; the rest is exact."""
     return {
         "equilibrium": nash(cycle()).tolist(),
         "exact": exact(cycle(), (0.6, 0.3, 0.1), eta=0.3, rounds=3000),
-        "horizons": horizons(every_game(seed), HORIZONS),
-        "sampled": compare(cycle(), (0.6, 0.3, 0.1), eta=0.4, rounds=100, samples=512, seeds=range(seed, seed + 5)),
+        "horizons": horizons(every_game(args.seed), HORIZONS),
+        "sampled": compare(cycle(), (0.6, 0.3, 0.1), eta=0.4, rounds=100, samples=512, seeds=range(args.seed, args.seed + 5)),
     }
 
 

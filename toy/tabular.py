@@ -222,13 +222,13 @@ def speed(generator, sizes=((100, 10_000), (250, 2000), (500, 1000), (1000, 300)
     return {"rows": rows, "exponent": slope([row["actions"] for row in large], [row["seconds_per_round"] for row in large])}
 
 
-def measure(seed):
+def measure(args):
     """All of it. The seed is that of the games that are timed; the rest is exact."""
     games = {"rock-paper-scissors": cycle(), "COMAL's game": comal()}
     return {
         "games": {name: compare(payoff) for name, payoff in games.items()},
         "bias": bias(cycle()),
-        "speed": speed(torch.Generator().manual_seed(seed)),
+        "speed": speed(torch.Generator().manual_seed(args.seed)),
     }
 
 
