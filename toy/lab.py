@@ -25,6 +25,7 @@ def script(name, description, measure, print_table, draw, arguments=None, flags=
     flags(parser)
     args, start = parser.parse_args(arguments), time.monotonic()
     out = Path(args.out)
+    torch.set_num_threads(1)  # for matrices this small a second thread only waits
     try:
         if args.seed < 0:
             raise ValueError(f"--seed is {args.seed}, expected 0 or more")

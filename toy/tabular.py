@@ -39,7 +39,8 @@ def sppo(payoff, path, eta):
 
 def sppo_half(payoff, path, eta):
     """The same with the constant ½ for log Z/η: eq. 4.7, argmin over policies π of E_{y~π_t}(log π/π_t - η(P - ½))²."""
-    return path[-1] + nearest_log_ratio(path[-1], sppo_target(win_rate(payoff, path[-1]), eta))
+    above_half = win_rate(payoff - 0.5, path[-1])  # P(y ≻ π) - ½ to the last digit, also beside a vertex
+    return path[-1] + nearest_log_ratio(path[-1], sppo_target(above_half, eta, baseline=0.0))
 
 
 def optimistic(payoff, path, eta):
@@ -102,8 +103,8 @@ def normalized(log_weights):
 def nearest_log_ratio(log_policy, target):
     """Δ that minimises Σ π (Δ - z)² among the log-ratios of policies, Σ π exp(Δ) = 1; for Σ π exp(z) ≥ 1. All (..., n).
 
-    Lagrange: Δ + c exp(Δ) = z with one c ≥ 0 for all actions, found by bisection; at c = 1 after the shift v = Δ + log c
-    it reads v + exp(v) = z + log c, whose left side is convex: Newton's steps fall onto the root.
+    Lagrange: Δ + c exp(Δ) = z with one c ≥ 0 for all actions, found by bisection. With v = Δ + log c it reads
+    v + exp(v) = z + log c, whose left side is convex: Newton's steps fall onto the root.
     """
 
     def log_ratio(log_c):
@@ -111,13 +112,17 @@ def nearest_log_ratio(log_policy, target):
         v = torch.where(x > 1, x.clamp(min=1).log(), x)
         for _ in range(8):
             v = v - (v + v.exp() - x) / (1 + v.exp())
-        return v - log_c
+        return torch.where(x < 1, target - v.exp(), v - log_c)  # whichever form loses fewer digits
+
+    def surplus(log_ratio):  # Σ π exp(Δ) - 1 without the 1, which would hide what a vertex loses
+        growth = torch.where(log_ratio.abs() < 1, torch.expm1(log_ratio), log_ratio.exp() - 1)
+        return torch.where(log_ratio < 1, log_policy.exp() * growth, (log_policy + log_ratio).exp() - log_policy.exp())
 
     high = target.amax(-1, keepdim=True).clamp(min=1).log() + 1  # of log c
-    low = torch.full_like(high, -40.0)
-    for _ in range(60):
+    low = log_policy.amin(-1, keepdim=True) - 2 * target.abs().amax(-1, keepdim=True) - 40
+    for _ in range(80):
         middle = (low + high) / 2
-        too_much = torch.logsumexp(log_policy + log_ratio(middle), -1, keepdim=True) > 0
+        too_much = surplus(log_ratio(middle)).sum(-1, keepdim=True) > 0
         low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
     return log_ratio(high)
 
