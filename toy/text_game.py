@@ -30,6 +30,7 @@ from model import KVCache, ModelConfig, Transformer, initialize
 from prefmodel import PreferenceModel, train_preference_model
 from sppo import sequence_logps
 from toy.games import cycle, exploitability, nash
+from toy.lab import BLUE, GREEN, ORANGE, triangle
 
 ENDINGS = ".!?"
 STRENGTHS = (0.9, 0.9, 0.8)  # `.` beats `!`, `!` beats `?`, `?` beats `.`
@@ -258,33 +259,25 @@ def print_table(result):
 
 def draw(result, path):
     """Left: the path of the endings on their triangle. Right: exploitability by round, and the share of right answers."""
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"
-    corners = torch.tensor([[0, 0], [1, 0], [0.5, 0.75**0.5]], dtype=torch.float64)
-
-    def flat(rows):
-        return (torch.tensor([row["endings"] for row in rows], dtype=torch.float64) @ corners).T
+    def endings(rows):
+        return point([row["endings"] for row in rows])
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    triangle, curve = figure.subplots(1, 2)
-    triangle.fill(*corners.T, fill=False, color="#777777", linewidth=0.8)
-    for corner, ending, shift in zip(corners, ENDINGS, ((-0.06, -0.03), (0.06, -0.03), (0, 0.03))):
-        triangle.text(*(corner + torch.tensor(shift)), f"all “{ending}”", ha="center", va="center")
+    simplex, curve = figure.subplots(1, 2)
+    point = triangle(simplex, [f"all “{ending}”" for ending in ENDINGS])
     start = [result["base"]]
-    triangle.plot(*flat(start + result["rounds"]), ".-", color=orange, linewidth=0.8, label="policy of each round")
-    triangle.plot(*flat(result["averages"]), ".-", color=blue, label="average of the rounds so far")
-    triangle.plot(*flat(start), "o", color="black", label="base policy")
-    equilibrium = torch.tensor(result["equilibrium"], dtype=torch.float64) @ corners
-    triangle.plot(*equilibrium, "*", color=green, markersize=15, label="Nash equilibrium")
-    triangle.set_aspect("equal")
-    triangle.set_title("Endings of the responses (shares)", pad=14)
-    triangle.axis("off")
-    triangle.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.06, 1), fontsize=8)
+    simplex.plot(*endings(start + result["rounds"]), ".-", color=ORANGE, linewidth=0.8, label="policy of each round")
+    simplex.plot(*endings(result["averages"]), ".-", color=BLUE, label="average of the rounds so far")
+    simplex.plot(*endings(start), "o", color="black", label="base policy")
+    simplex.plot(*point(result["equilibrium"]), "*", color=GREEN, markersize=15, label="Nash equilibrium")
+    simplex.set_title("Endings of the responses (shares)", pad=14)
+    simplex.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.06, 1), fontsize=8)
 
     rounds = range(len(result["rounds"]) + 1)
-    curve.plot(rounds, [row["exploitability"] for row in start + result["rounds"]], color=orange, label="policy of each round")
+    curve.plot(rounds, [row["exploitability"] for row in start + result["rounds"]], color=ORANGE, label="policy of each round")
     average = [row["exploitability"] for row in result["averages"]]
-    curve.plot(rounds[1:], average, color=blue, label="average of the rounds so far")
-    curve.plot(rounds, [1 - row["right"] for row in start + result["rounds"]], ":", color=green, label="wrong answers (share)")
+    curve.plot(rounds[1:], average, color=BLUE, label="average of the rounds so far")
+    curve.plot(rounds, [1 - row["right"] for row in start + result["rounds"]], ":", color=GREEN, label="wrong answers (share)")
     curve.set(xlabel="round", ylabel="exploitability (win rate above ½)", title="Exact exploitability", ylim=(0, None))
     curve.legend(frameon=False)
     write_figure(path, figure)
