@@ -131,16 +131,16 @@ def prompt_text(prompt):
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def read_json(path):
-    """A JSON file that holds an object."""
+def read_json(path, kind=dict):
+    """A JSON file that holds an object, or a list."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: expected a JSON {'object' if kind is dict else kind.__name__}, found {type(value).__name__}")
     return value
 
 
@@ -209,7 +209,8 @@ def read_pairs(path):
     """A JSON-lines file of judged pairs -> list of {prompt, chosen, rejected, probability}.
 
     `probability` is P(chosen beats rejected), a share of votes for example; 1 where a row has none. A response that
-    some tool wrote as a bare JSON number or truth value is read as its text.
+    some tool wrote as a bare JSON number or truth value is read as its text. `chosen_model`, `rejected_model` and `votes`,
+    one a voter, 1 for chosen, 2 for rejected, 0 for a tie, are kept where a row has them: a judge's report reads them.
     """
     pairs = []
     for where, row in read_lines(path):
@@ -218,8 +219,35 @@ def read_pairs(path):
         number = isinstance(probability, (int, float)) and not isinstance(probability, bool)
         if not number or not 0 <= probability <= 1:
             raise ValueError(f"{where}: probability is {probability!r}, expected a number from 0 to 1")
-        pairs.append(pair | {"probability": float(probability)})
+        votes = row.get("votes", [])
+        if not isinstance(votes, list) or not all(vote in (0, 1, 2) for vote in votes):
+            raise ValueError(f"{where}: votes are {votes!r}, expected a list of 1 (chosen), 2 (rejected) or 0 (tie)")
+        known = {key: row[key] for key in ("chosen_model", "rejected_model", "votes") if key in row}
+        pairs.append(pair | {"probability": float(probability)} | known)
     return pairs
+
+
+def read_outputs(path):
+    """AlpacaEval's outputs, a JSON list of {instruction, output} -> {instruction: [its outputs]}. ValueError names a bad row."""
+    outputs = {}
+    for number, row in enumerate(read_json(path, list), 1):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        outputs.setdefault(text_field(row, "instruction", where), []).append(text_field(row, "output", where))
+    return outputs
+
+
+def outputs_for(path, prompts):
+    """The outputs of a file for each of these prompt texts: N lists. ValueError if a prompt has none, or more than another."""
+    outputs = read_outputs(path)
+    if missing := [prompt for prompt in prompts if prompt not in outputs]:
+        raise ValueError(f"{path}: no output for {len(missing)} of the {len(prompts)} prompts, the first is {missing[0][:40]!r}")
+    counts = [len(outputs[prompt]) for prompt in prompts]
+    for prompt, count in zip(prompts, counts):
+        if count != counts[0]:
+            raise ValueError(f"{path}: instruction {prompt[:40]!r} has {count} outputs, expected {counts[0]} as the first one has")
+    return [outputs[prompt] for prompt in prompts]
 
 
 # ------------------------------------------------------------------------------------------------ padding

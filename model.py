@@ -320,14 +320,14 @@ def load_weights(module, folder, prefix="", unused=()):
     """Copy the folder's tensors into the module's parameters by name (behind `prefix`), casting to their dtype.
 
     Each tensor is mapped, copied and let go, so the peak is one copy of the weights and one tensor. Names that
-    begin with one of `unused` may be there; old checkpoints' rotary tables and a tied lm_head always may.
+    begin with one of `unused` may be there; old checkpoints' tables of positions and a tied lm_head always may.
     """
     parameters, files = {prefix + name: p for name, p in module.named_parameters()}, weight_files(folder)
     if missing := sorted(parameters.keys() - files.keys()):
         raise ValueError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(parameters)} are)")
     tied = ("lm_head.",) if getattr(module.config, "tie_word_embeddings", False) else ()
     for name in files.keys() - parameters.keys():
-        if not name.startswith((*unused, *tied)) and not name.endswith("rotary_emb.inv_freq"):
+        if not name.startswith((*unused, *tied)) and not name.endswith(("rotary_emb.inv_freq", "position_ids")):
             raise ValueError(f"{files[name]}: unexpected tensor {name}, which this architecture does not have")
     for name, parameter in parameters.items():
         with open_weights(files[name]) as file:

@@ -6,6 +6,8 @@ P + Pᵀ = 1, ½ on the diagonal (a response ties with itself). `load_judge` fin
 a checkpoint folder, or `module:function` for a rule, an API or a person.
 
     python prefmodel.py train --pairs pairs.jsonl --backbone DIR --out DIR     train a PreferenceModel from pairs
+    python prefmodel.py report --judge SPEC --pairs pairs.jsonl --out DIR      what a judge is worth on held-out pairs
+    python train.py --judge prefmodel:human ...                               be the judge yourself
 """
 
 import argparse
@@ -17,11 +19,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_lines
-from model import Decoder, ModelConfig, check_device, initialize, load_pretrained, load_weights, save_checkpoint
+import judge_report
+from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_figure, write_json, write_lines
+from human import Human as human  # noqa: F401  --judge prefmodel:human
+from model import DTYPES, Decoder, ModelConfig, check_device, initialize, load_pretrained, load_weights, save_checkpoint
+from pairrm import PairRM
 
 
 class Rule:
@@ -44,6 +50,63 @@ class Rule:
 
     def preferences_many(self, prompts, responses):
         return torch.stack([self.preferences(*row) for row in zip(prompts, responses, strict=True)])
+
+
+class Ensemble:
+    """The weighted mean of several judges' probabilities; weights are scaled to sum to 1.
+
+    Also the way to balance several goals: a helpfulness judge beside a rule about length, each with its weight.
+    On a command line: 'prefmodel:Ensemble:{"judges": ["DIR", "module:rule"], "weights": [0.8, 0.2]}'.
+    """
+
+    def __init__(self, judges, weights=None, device=None):
+        self.judges = [load_judge(judge, device) if isinstance(judge, str) else judge for judge in judges]
+        weights = [1.0] * len(self.judges) if weights is None else weights
+        if len(weights) != len(self.judges) or not all(weight >= 0 for weight in weights) or not sum(weights) > 0:
+            raise ValueError(f"ensemble: weights are {weights}, expected one of 0 or more for each of {len(self.judges)} judges")
+        self.weights = torch.tensor(weights) / sum(weights)
+
+    def members_many(self, prompts, responses):
+        """(M, N, K, K): each judge's own tables."""
+        return torch.stack([judge.preferences_many(prompts, responses) for judge in self.judges])
+
+    def preferences_many(self, prompts, responses):
+        return torch.einsum("m,mnij->nij", self.weights, self.members_many(prompts, responses))
+
+    def preferences(self, prompt, responses):
+        return self.preferences_many([prompt], [responses])[0]
+
+    def disagreement(self, prompts, responses):
+        """(N, K, K) standard deviation of the judges' probabilities, weighted as they are: 0 where all say the same."""
+        members, mean = self.members_many(prompts, responses), self.preferences_many(prompts, responses)
+        return torch.einsum("m,mnij->nij", self.weights, (members - mean) ** 2).sqrt()
+
+
+class Transitive:
+    """What the authors' code makes of a judge (uclaml/SPPO, rank.py and compute_prob.py): P = σ(score_i - score_j).
+
+    score_i = mean_j (L_ij - L_ji) over all K, itself included. It keeps K numbers of the K × K table, so no circle survives, and
+    doubles the logits of a transitive judge. For comparison: 'prefmodel:Transitive:{"judge": "DIR"}'.
+    """
+
+    def __init__(self, judge, device=None):
+        self.judge = load_judge(judge, device) if isinstance(judge, str) else judge
+
+    def preferences_many(self, prompts, responses):
+        if hasattr(self.judge, "logits_many"):
+            logits = self.judge.logits_many(prompts, responses)
+        else:
+            logits = torch.logit(self.judge.preferences_many(prompts, responses), eps=1e-7)
+        return transitive(logits)
+
+    def preferences(self, prompt, responses):
+        return self.preferences_many([prompt], [responses])[0]
+
+
+def transitive(logits):
+    """(..., K, K) logits of P(i beats j) in either order -> (..., K, K) probabilities from mean scores alone."""
+    score = (logits - logits.mT).mean(-1)
+    return torch.sigmoid(score[..., :, None] - score[..., None, :])
 
 
 class PreferenceModel(nn.Module):
@@ -118,10 +181,10 @@ class PreferenceModel(nn.Module):
         return judge
 
     @classmethod
-    def from_backbone(cls, folder, generator, device=None, pretrained=True, **head):
+    def from_backbone(cls, folder, generator, device=None, pretrained=True, dtype=None, **head):
         """Put fresh heads on the transformer of a checkpoint folder (pretrained=False: on one of its shape)."""
         config = ModelConfig.from_json(Path(folder) / "config.json")
-        judge = initialize(cls(config, **head), generator).to(device)
+        judge = initialize(cls(config, **head), generator).to(device, DTYPES[dtype or "float32"])
         if pretrained:
             load_weights(judge.model, folder, unused=("lm_head.",), prefix="model.")
         judge.tokenizer = Tokenizer(folder)
@@ -145,35 +208,70 @@ def preference_logits(r, v):
     return r[..., :, None] - r[..., None, :] + half - half.transpose(-1, -2)
 
 
-def train_preference_model(judge, pairs, epochs, lr, batch, generator, progress=None):
+def train_preference_model(judge, pairs, epochs, lr, batch, generator, progress=None, held_out=(), patience=None):
     """Fit P(chosen beats rejected) to each pair's probability by cross-entropy. Returns a dictionary of numbers a step.
 
     Hard labels are probabilities of 1; shares of votes are soft labels. AdamW; the learning rate
-    rises over the first tenth of the steps and then falls linearly to 0.
+    rises over the first tenth of the steps and then falls linearly to 0. With `held_out` pairs there is one more dictionary an
+    epoch, the judge ends with the weights of its best epoch on them, and stops `patience` epochs behind it.
     """
-    steps, total = [], epochs * -(-len(pairs) // batch)
+    steps, total, best = [], epochs * -(-len(pairs) // batch), None
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         for indices in torch.randperm(len(pairs), generator=generator).split(batch):
             chunk = [pairs[i] for i in indices.tolist()]
-            texts = [(pair["prompt"], pair[side]) for pair in chunk for side in ("chosen", "rejected")]
-            r, v = judge.read(texts)
-            logit = preference_logits(r.view(-1, 2), v.view(len(chunk), 2, -1))[:, 0, 1]  # (b,)
-            probability = torch.tensor([pair["probability"] for pair in chunk], device=logit.device)
-            loss = F.binary_cross_entropy_with_logits(logit, probability)
+            loss, accuracy = judge_pairs(judge, chunk)
             loss.backward()
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((len(steps) + 1) / (0.1 * total), 1 - len(steps) / total)
             torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            decided = probability != 0.5
-            right = ((logit > 0) == (probability > 0.5))[decided].float().mean().item() if decided.any() else None
-            steps.append({"step": len(steps) + 1, "loss": loss.item(), "accuracy": right})
+            steps.append({"step": len(steps) + 1, "epoch": epoch, "loss": loss.item(), "accuracy": accuracy})
             if progress is not None:
                 progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 progress.update(len(chunk))
+        if held_out:
+            row = {"epoch": epoch, "pairs_seen": epoch * len(pairs)} | evaluate_pairs(judge, held_out, batch)
+            steps.append(row)
+            if best is None or row["held_out_loss"] < best["held_out_loss"]:
+                best, weights = row, {name: value.detach().clone() for name, value in judge.state_dict().items()}
+            if patience is not None and epoch - best["epoch"] >= patience:
+                break
+    if held_out:
+        judge.load_state_dict(weights)
     return steps
+
+
+def judge_pairs(judge, pairs):
+    """Mean cross-entropy of the pairs, differentiable, and accuracy over those with a majority (None without one)."""
+    r, v = judge.read([(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")])
+    logit = preference_logits(r.view(-1, 2), v.view(len(pairs), 2, -1))[:, 0, 1]  # (b,)
+    probability = torch.tensor([pair["probability"] for pair in pairs], device=logit.device)
+    decided = probability != 0.5
+    right = ((logit > 0) == (probability > 0.5))[decided].float().mean().item() if decided.any() else None
+    return F.binary_cross_entropy_with_logits(logit, probability), right
+
+
+@torch.no_grad()
+def evaluate_pairs(judge, pairs, batch):
+    """Loss and accuracy on pairs that are not trained on."""
+    chunks = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
+    rows = [(len(chunk), *judge_pairs(judge, chunk)) for chunk in chunks]
+    scored = [(count, right) for count, _, right in rows if right is not None]
+    accuracy = sum(count * right for count, right in scored) / sum(count for count, _ in scored) if scored else None
+    return {"held_out_loss": sum(count * loss.item() for count, loss, _ in rows) / len(pairs), "held_out_accuracy": accuracy}
+
+
+def split_pairs(pairs, share, generator):
+    """(training pairs, held-out pairs): about `share` of the prompts, with all their pairs, are held out."""
+    prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
+    order = torch.randperm(len(prompts), generator=generator).tolist()
+    apart = {prompts[i] for i in order[: round(share * len(prompts))]}
+    parts = [[pair for pair in pairs if (pair["prompt"] in apart) == held] for held in (False, True)]
+    if not all(parts[: 1 + (share > 0)]):
+        raise ValueError(f"--held-out {share}: of {len(prompts)} prompts, none would be left on one side")
+    return parts
 
 
 def load_judge(spec, device=None, dtype=None):
@@ -182,7 +280,8 @@ def load_judge(spec, device=None, dtype=None):
     Example: 'toy.text_game:oracle:{"strengths": [0.9, 0.9, 0.8]}'.
     """
     if Path(spec).is_dir():
-        return PreferenceModel.from_pretrained(spec, dtype, device)
+        published = read_json(Path(spec) / "config.json").get("model_type") == "deberta-v2"
+        return (PairRM if published else PreferenceModel).from_pretrained(spec, dtype, device)
     module, _, rest = spec.partition(":")
     name, _, arguments = rest.partition(":")
     if not module or not name:
@@ -201,7 +300,11 @@ def load_judge(spec, device=None, dtype=None):
     finally:
         sys.path.remove("")
     if isinstance(found, type):
-        found, arguments = found(**arguments), {}
+        places = {"device": device} if "device" in inspect.signature(found).parameters else {}
+        try:
+            found, arguments = found(**(places | arguments)), {}
+        except TypeError as error:
+            raise ValueError(f"judge {spec}: {error}") from None
     if hasattr(found, "preferences_many"):
         return found
     found = getattr(found, "preferences", found)
@@ -215,18 +318,67 @@ def load_judge(spec, device=None, dtype=None):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def at_least(low):
-    def integer(text):
-        if int(text) < low:
+def train(args):
+    check_device(args.device)
+    vacant(args.out)  # before hours of training, not after
+    pairs, generator = read_pairs(args.pairs), torch.Generator().manual_seed(args.seed)
+    pairs, held_out = split_pairs(pairs, args.held_out, generator)
+    head = {"scalar": args.scalar, "cyclic": args.cyclic, "template": args.template}
+    judge = PreferenceModel.from_backbone(args.backbone, generator, args.device, not args.from_scratch, args.dtype, **head)
+    with tqdm(total=args.epochs * len(pairs), unit="pair", desc="train judge") as progress:
+        steps = train_preference_model(
+            judge, pairs, args.epochs, args.lr, args.batch, generator, progress, held_out, args.patience
+        )  # fmt: skip
+    judge.save_pretrained(args.out)
+    write_lines(Path(args.out) / "metrics.jsonl", steps)
+    write_figure(Path(args.out) / "learning.png", learning_curves(steps, args.batch))
+    losses = [row["loss"] for row in steps if "loss" in row]
+    last = losses[-max(1, len(losses) // 10) :]
+    print(f"{args.out}: {len(pairs)} pairs, loss of the last tenth {sum(last) / len(last):.4f}")
+    if held_out:
+        best = min((row for row in steps if "held_out_loss" in row), key=lambda row: row["held_out_loss"])
+        accuracy = "-" if best["held_out_accuracy"] is None else f"{best['held_out_accuracy']:.3f}"
+        print(f"{len(held_out)} held-out pairs: loss {best['held_out_loss']:.4f}, accuracy {accuracy}, of epoch {best['epoch']}")
+
+
+def learning_curves(steps, batch):
+    """Loss against pairs seen: of each training batch, and on the held-out pairs behind each epoch."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    training, held_out = ([row for row in steps if key in row] for key in ("loss", "held_out_loss"))
+    seen, loss = [row["step"] * batch for row in training], [row["loss"] for row in training]
+    axes.plot(seen, loss, color="#56B4E9", label="training batch")
+    if held_out:
+        seen, loss = ([row[key] for row in held_out] for key in ("pairs_seen", "held_out_loss"))
+        axes.plot(seen, loss, "o-", color="#D55E00", label="held-out pairs")
+    axes.axhline(0.6931, color="#777777", linewidth=0.8, linestyle="--", label="a coin")
+    axes.set(xlabel="pairs seen", ylabel="cross-entropy (nats a pair)", title="Training of the judge", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def report(args):
+    judge, pairs = load_judge(args.judge, args.device), read_pairs(args.pairs)
+    result = judge_report.report(judge, pairs)
+    write_json(Path(args.out) / "report.json", {"judge_spec": args.judge, "pairs_file": args.pairs} | result)
+    write_figure(Path(args.out) / "report.png", judge_report.draw(result))
+    judge_report.print_report(result)
+    print(f"\n{Path(args.out) / 'report.json'}, {Path(args.out) / 'report.png'}")
+
+
+def at_least(low, kind=int):
+    def number(text):
+        if not kind(text) >= low:
             raise argparse.ArgumentTypeError(f"{text}, expected at least {low}")
-        return int(text)
+        return kind(text)
 
-    return integer
+    return number
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    command = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train a PreferenceModel from pairs")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("train", help="train a PreferenceModel from pairs")
     command.add_argument("--pairs", required=True, help="JSON lines: prompt, chosen, rejected, optional probability")
     command.add_argument("--backbone", required=True, help="checkpoint folder whose transformer and tokenizer the judge gets")
     command.add_argument("--out", required=True, help="folder for the judge")
@@ -237,24 +389,24 @@ def main():
     command.add_argument("--epochs", type=at_least(1), default=2)
     command.add_argument("--batch", type=at_least(1), default=32, help="pairs per optimizer step")
     command.add_argument("--lr", type=float, default=3e-4, help="largest learning rate, after a tenth of the steps")
+    command.add_argument("--held-out", type=at_least(0, float), default=0.0, metavar="SHARE", help="of the prompts")
+    command.add_argument("--patience", type=at_least(1), help="stop so many epochs behind the best on the held-out pairs")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    command.set_defaults(run=train)
+    command = commands.add_parser("report", help="what a judge is worth on labelled pairs")
+    command.add_argument("--judge", required=True, help="checkpoint folder, or module:function")
+    command.add_argument("--pairs", required=True, help="JSON lines: prompt, chosen, rejected, optional probability and votes")
+    command.add_argument("--out", required=True, help="folder for report.json and report.png")
+    command.set_defaults(run=report)
+    for command in commands.choices.values():
+        command.add_argument("--device", default="cpu")
+    args = parser.parse_args(arguments)
     try:
-        check_device(args.device)
-        vacant(args.out)  # before hours of training, not after
-        pairs, generator = read_pairs(args.pairs), torch.Generator().manual_seed(args.seed)
-        head = {"scalar": args.scalar, "cyclic": args.cyclic, "template": args.template}
-        judge = PreferenceModel.from_backbone(args.backbone, generator, args.device, not args.from_scratch, **head)
-        with tqdm(total=args.epochs * len(pairs), unit="pair", desc="train judge") as progress:
-            steps = train_preference_model(judge, pairs, args.epochs, args.lr, args.batch, generator, progress)
-        judge.save_pretrained(args.out)
-        write_lines(Path(args.out) / "metrics.jsonl", steps)
+        args.run(args)
     except (ValueError, OSError) as error:
         print(f"prefmodel.py: {error}", file=sys.stderr)
         return 2
-    last = steps[-max(1, len(steps) // 10) :]
-    print(f"{args.out}: {len(pairs)} pairs, loss of the last tenth {sum(s['loss'] for s in last) / len(last):.4f}")
     return 0
 
 

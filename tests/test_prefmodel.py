@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import prefmodel
-from prefmodel import PreferenceModel, Rule, load_judge, train_preference_model
+from prefmodel import PreferenceModel, Rule, load_judge, split_pairs, train_preference_model
 from toy.text_game import build_debugging
 
 HEADS = {"scalar": (True, 0), "cyclic": (False, 2), "both": (True, 3)}
@@ -244,6 +244,52 @@ def test_an_object_with_preferences_alone_is_a_judge(tmp_path, monkeypatch):
     assert (load_judge("my_object:Coin").preferences_many(["p"], [["a", "b"]]) == 0.5).all()
 
 
+# ------------------------------------------------------------------------------------------------ validation
+
+
+def noisy_pairs(count, seed):
+    """Labels are coins, so whatever is learned from them is wrong elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    digits = torch.randint(10, (count, 3), generator=generator).tolist()
+    return [{"prompt": f"{a}+{b}=", "chosen": f"{c}.", "rejected": f"{c}!", "probability": float(c % 2)} for a, b, c in digits]
+
+
+def test_held_out_prompts_are_whole_and_never_trained_on():
+    pairs = noisy_pairs(300, 0)
+    training, held_out = split_pairs(pairs, 0.2, torch.Generator().manual_seed(0))
+    assert len(training) + len(held_out) == 300 and not {p["prompt"] for p in training} & {p["prompt"] for p in held_out}
+    assert 0.1 < len({p["prompt"] for p in held_out}) / len({p["prompt"] for p in pairs}) < 0.3
+    assert split_pairs(pairs, 0.0, torch.Generator()) == [pairs, []]
+    for share, few in ((0.9, pairs[:1]), (0.01, pairs[:2])):
+        with pytest.raises(ValueError, match="none would be left"):
+            split_pairs(few, share, torch.Generator())
+
+
+def test_the_judge_ends_with_its_best_epoch_and_stops_behind_it(backbone):
+    """Trained on labels that are the opposite of the held-out ones, it is best early."""
+    judge, pairs = make(backbone), noisy_pairs(64, 1)
+    opposite = [pair | {"probability": 1 - pair["probability"]} for pair in pairs]
+    generator = torch.Generator().manual_seed(0)
+    steps = train_preference_model(judge, pairs, 10, 3e-3, 16, generator, held_out=opposite, patience=2)
+    epochs = [row for row in steps if "held_out_loss" in row]
+    best = min(epochs, key=lambda row: row["held_out_loss"])
+    assert len(epochs) == best["epoch"] + 2 < 10
+    again = prefmodel.evaluate_pairs(judge, opposite, 16)
+    assert again["held_out_loss"] == pytest.approx(best["held_out_loss"], abs=1e-6)
+
+
+def test_a_judge_can_be_trained_in_bfloat16(backbone, tmp_path):
+    generator, head = torch.Generator().manual_seed(0), {"scalar": True, "cyclic": 2, "template": "plain"}
+    judge = PreferenceModel.from_backbone(backbone, generator, dtype="bfloat16", **head)
+    pairs = [{"prompt": "3+4=", "chosen": "7.", "rejected": "8.", "probability": 1.0}] * 16
+    steps = train_preference_model(judge, pairs, 10, 1e-3, 8, generator)
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    judge.save_pretrained(tmp_path / "judge")
+    loaded = PreferenceModel.from_pretrained(tmp_path / "judge")
+    assert loaded.scalar_head.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.preferences("3+4=", TEXTS), judge.preferences("3+4=", TEXTS))
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 
@@ -259,10 +305,12 @@ def test_train_writes_a_judge_from_real_pairs(shared, tmp_path, monkeypatch, cap
         (tmp_path / "pairs.jsonl").write_text("".join(file.readlines()[:40]), encoding="utf-8")
     folder = shared / "tiny-mistral/chat32k"
     flags = ["--pairs", tmp_path / "pairs.jsonl", "--backbone", folder, "--out", tmp_path / "judge", "--epochs", 1, "--batch", 10]
-    assert command(monkeypatch, capsys, *flags)[0] == 0
+    code, out, _ = command(monkeypatch, capsys, *flags, "--held-out", 0.25)
+    assert code == 0 and "held-out pairs: loss" in out and (tmp_path / "judge/learning.png").exists()
     P = load_judge(str(tmp_path / "judge")).preferences("Why is the sky blue?", ["Rayleigh.", "It is not."])
     assert P[0, 1] != 0.5 and P[0, 1] + P[1, 0] == 1
-    assert len((tmp_path / "judge/metrics.jsonl").read_text().splitlines()) == 4
+    rows = [json.loads(line) for line in (tmp_path / "judge/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows[:-1]] == list(range(1, len(rows))) and "held_out_loss" in rows[-1]
 
 
 def test_training_twice_from_one_seed_gives_one_judge(backbone, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,190 @@
+"""Claims about judge_report.py and its command, and about ensembles: known answers, constructed judges, human votes."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import judge_report
+import prefmodel
+from data import read_pairs, write_lines
+from judge_report import agreement, calibration, circles_of, decompose, label_tables, length_effect, report, triples
+from prefmodel import Ensemble, Rule, Transitive, load_judge, transitive
+from toy.games import bradley_terry, cycle, odd_cycle, random_game
+
+
+def coin(seed, n=20_000):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, generator=generator, dtype=torch.float64), torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_a_judge_whose_probabilities_come_true_is_calibrated():
+    probability, draw = coin(0)
+    label = (draw < probability).double()
+    assert calibration(probability, label)["expected_calibration_error"] < 0.02
+    sharp = torch.sigmoid(3 * torch.logit(probability))  # the same order, too sure of itself
+    assert calibration(sharp, label)["expected_calibration_error"] > 0.08
+
+
+def test_calibration_error_by_hand():
+    """Two pairs at .9, both lost; two at .3 (confidence .7 in the other side), both lost: (.9 + .3)/2."""
+    result = calibration(torch.tensor([0.9, 0.9, 0.3, 0.3]), torch.tensor([0.0, 0.0, 0.0, 0.0]))
+    assert result["expected_calibration_error"] == pytest.approx((0.9 + 0.3) / 2)
+
+
+def test_turning_pairs_round_changes_no_number():
+    probability, draw = coin(1, 500)
+    label, difference = (draw < probability).double(), (draw - 0.3) * 100
+    turn = torch.rand(500, generator=torch.Generator().manual_seed(2)) < 0.5
+    other = [torch.where(turn, 1 - probability, probability), torch.where(turn, 1 - label, label)]
+    assert agreement(*other) == pytest.approx(agreement(probability, label))
+    a, b = (calibration(*row)["expected_calibration_error"] for row in (other, (probability, label)))
+    assert a == pytest.approx(b)
+    flipped = length_effect(torch.logit(other[0]), torch.where(turn, -difference, difference))
+    assert flipped == pytest.approx(length_effect(torch.logit(probability), difference))
+
+
+def test_agreement_ignores_ties_of_the_labels_and_halves_those_of_the_judge():
+    result = agreement(torch.tensor([0.9, 0.2, 0.5, 0.9]), torch.tensor([1.0, 1.0, 0.0, 0.5]))
+    assert (result["pairs"], result["decided"]) == (4, 3) and result["accuracy"] == pytest.approx(1.5 / 3)
+
+
+@pytest.mark.parametrize("n", [3, 5, 7])
+def test_triples_of_a_regular_cycle_are_counted_as_in_the_closed_form(n):
+    """A regular tournament of n has n(n² - 1)/24 circular triads (Kendall and Babington Smith, 1940)."""
+    assert triples(odd_cycle(n)) == (math.comb(n, 3), n * (n * n - 1) // 24)
+
+
+def test_a_transitive_game_has_no_circles_and_no_cyclic_share():
+    result = circles_of([bradley_terry([0.0, 1.0, -2.0, 0.5])])
+    assert result["intransitive_triples"] == 0 and result["cyclic_share"] == pytest.approx(0, abs=1e-12)
+    assert circles_of([odd_cycle(5)])["cyclic_share"] == pytest.approx(1)
+
+
+def test_a_triple_that_nobody_judged_whole_is_not_counted():
+    table = cycle()
+    table[0, 1] = table[1, 0] = float("nan")
+    assert triples(table) == (0, 0)
+
+
+def test_scalar_and_cyclic_parts_add_up_and_are_orthogonal():
+    table = random_game(7, torch.Generator().manual_seed(0))
+    scalar, cyclic = decompose(table)
+    assert torch.allclose(scalar + cyclic, torch.logit(table), atol=1e-6)
+    assert cyclic.sum(-1).abs().max() < 1e-9 and (scalar * cyclic).sum().abs() < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------ human votes
+
+
+def test_the_report_finds_the_cycles_of_the_human_votes(shared):
+    """467 full triangles; one strict cycle by mean vote, 4, 4 and 1 by single annotator."""
+    pairs = read_pairs(shared / "pandalm" / "pairs.jsonl")
+    result = circles_of(label_tables(pairs, [pair["probability"] for pair in pairs]))
+    assert (result["triples"], result["intransitive_triples"]) == (467, 1)
+    single = [circles_of(label_tables(pairs, vote)) for vote in judge_report.voters(pairs)]
+    assert [row["intransitive_triples"] for row in single] == [4, 4, 1]
+
+
+# ------------------------------------------------------------------------------------------------ judges
+
+
+def by_length(prompt, responses, strength=0.1):
+    size = torch.tensor([float(len(text)) for text in responses])
+    return torch.sigmoid(strength * (size[:, None] - size))
+
+
+def in_circle(prompt, responses):
+    place = [len(text) % 3 for text in responses]
+    return cycle((0.9, 0.9, 0.8))[place][:, place]
+
+
+def texts(count=40):
+    """Pairs of different lengths, the first the better where it is shorter."""
+    words = ["a" * (1 + n * 7 % 30) for n in range(count + 1)]
+    return [
+        {"prompt": f"{n // 3}", "chosen": min(pair, key=len), "rejected": max(pair, key=len), "probability": 1.0}
+        for n, pair in enumerate(itertools.pairwise(words))
+    ]
+
+
+def test_the_report_shows_a_judge_that_likes_length():
+    result = report(Rule(by_length), texts())
+    assert result["length_correlation"] == pytest.approx(1) and result["length_correlation_of_labels"] < -0.8
+    assert result["accuracy"] == 0 and result["judge"]["intransitive_triples"] == 0
+    assert all(row["preference"] >= 0.5 for row in result["longer_wins"])
+
+
+def test_the_report_finds_the_circle_of_a_judge():
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "bb", "probability": 1.0}] * 2
+    pairs.append({"prompt": "p", "chosen": "bb", "rejected": "ccc", "probability": 1.0})
+    result = report(Rule(in_circle), pairs)
+    assert (result["judge"]["triples"], result["judge"]["intransitive_triples"]) == (1, 1)
+    assert result["judge"]["cyclic_share"] > 0.9 and result["labels"]["triples"] == 0
+
+
+def test_ensemble_is_the_weighted_mean_and_reports_disagreement():
+    long, short = Rule(by_length), Rule(by_length, strength=-0.1)
+    balanced = Ensemble([long, short])
+    assert torch.allclose(balanced.preferences("p", ["a", "bbbb"]), torch.full((2, 2), 0.5))
+    one_sided = Ensemble([long, short], [3, 1]).preferences("p", ["a", "bbbb"])
+    assert one_sided[1, 0].item() == pytest.approx(0.75 / (1 + math.exp(-0.3)) + 0.25 / (1 + math.exp(0.3)))
+    spread = balanced.disagreement(["p"], [["a", "bbbb"]])[0]
+    assert spread[0, 1].item() == pytest.approx(1 / (1 + math.exp(-0.3)) - 0.5, abs=1e-6) and spread[0, 0] == 0
+    assert report(balanced, texts())["ensemble_disagreement"] > 0.1
+
+
+def test_ensemble_from_a_command_line():
+    spec = 'prefmodel:Ensemble:{"judges": ["test_judge_report:by_length", "test_judge_report:in_circle"], "weights": [1, 0]}'
+    assert torch.allclose(load_judge(spec).preferences("p", ["a", "bb"]), by_length("p", ["a", "bb"]))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0]])
+def test_ensemble_refuses_weights_that_are_no_shares(weights):
+    with pytest.raises(ValueError, match="weights are"):
+        Ensemble([Rule(by_length), Rule(in_circle)], weights)
+
+
+def test_transitive_makes_ties_of_a_pure_circle_and_doubles_a_transitive_judges_logits():
+    circle = torch.logit(odd_cycle(5))
+    assert torch.allclose(transitive(circle), torch.full((5, 5), 0.5).double())
+    rewards = torch.tensor([0.3, -0.2, 1.0])
+    logits = rewards[:, None] - rewards
+    assert torch.allclose(torch.logit(transitive(logits)), 2 * logits, atol=1e-5)
+    two = Transitive("test_judge_report:in_circle").preferences("p", ["a", "bb"])  # .9 truly
+    assert two[0, 1].item() == pytest.approx(0.9**2 / (0.9**2 + 0.1**2), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def command(judge, folder, out):
+    return prefmodel.main(["report", "--judge", str(judge), "--pairs", str(folder / "pairs.jsonl"), "--out", str(out)])
+
+
+def test_report_command_writes_numbers_and_figure(tmp_path, capsys):
+    write_lines(tmp_path / "pairs.jsonl", texts())
+    assert command("test_judge_report:by_length", tmp_path, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out/report.json").read_text())["accuracy"] == 0
+    assert (tmp_path / "out/report.png").read_bytes().startswith(b"\x89PNG")
+    assert "correlation of its logit with length" in capsys.readouterr().out
+
+
+def test_report_command_names_what_is_missing(tmp_path, capsys):
+    write_lines(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "votes": [1, 3]}])
+    wrong = {"nowhere": "judge nowhere: no such folder", "test_judge_report:in_circle": "line 1: votes are [1, 3]"}
+    for judge, words in wrong.items():
+        assert command(judge, tmp_path, tmp_path) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_judge_folder_without_its_head_is_named(shared, capsys, tmp_path):
+    folder = shared / "tiny-mistral" / "v02" / "fp32"
+    write_lines(tmp_path / "pairs.jsonl", texts(3))
+    assert command(folder, tmp_path, tmp_path) == 2
+    assert "preference_head is nothing" in capsys.readouterr().err
