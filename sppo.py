@@ -148,7 +148,7 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
 
     `game` is five functions:
       sample(prompts) -> N lists of K responses from the current policy
-      judge(prompts, responses) -> (N, K, K), P(y_i beats y_j)
+      judge(prompts, responses) -> (N, K, K), P(y_i beats y_j); rows and columns behind K are opponents from elsewhere
       logps(prompts, responses) -> (N, S) log-probabilities under the current policy, differentiable
       previous(prompts, responses, win_rate) -> (N, K) win rates against π_{t-1}, if there is one  (target optimistic)
       reference(prompts, responses) -> (N, S) log-probabilities under μ                         (target regularized)
@@ -160,7 +160,7 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
 
     # Line 4: the judge's P(y_i ≻ y_j|x) for all K × K pairs; §5.1: row means are the win rates.
     preference = memo("preferences", lambda: game.judge(prompts, responses))  # (N, K, K)
-    win_rate = win_rates(preference)  # (N, K)
+    win_rate = win_rates(preference)[:, : len(responses[0])]  # (N, K)
 
     # Line 5: winner and loser, or all K; π_t is the policy before its first step, so no second model is needed.
     everybody = torch.arange(win_rate.shape[1]).expand_as(win_rate)  # (N, K)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from data import TEMPLATES, Prompt, Tokenizer, pad_responses, prompt_text, read_json, read_lines, read_prompts
+from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_lines, read_prompts
 from data import append_line, remove, whole, write_figure, write_json, write_lines
 from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
@@ -46,6 +46,7 @@ class TrainConfig(RoundConfig):
     out: str = ""  # run folder
     rounds: int = 3  # T
     samples: int = 5  # K responses per prompt
+    opponents: str = ""  # outputs file of a model or of people; they count in the win rates and are never trained on
     reuse_prompts: bool = False  # every round sees all prompts; otherwise they are split over the rounds, as in the paper
     max_new_tokens: int = 512  # longest response, in tokens
     temperature: float = 1.0  # of sampling; the log-ratios are always of the untempered policy
@@ -138,8 +139,9 @@ def check(config):
 class TextGame:
     """The five functions that `sppo_round` plays with, for round `number` of a text policy (see its docstring)."""
 
-    def __init__(self, config, policy, tokenizer, judge_model, number):
+    def __init__(self, config, policy, tokenizer, judge_model, number, opponents=None):
         self.config, self.policy, self.tokenizer, self.judge_model = config, policy, tokenizer, judge_model
+        self.opponents = opponents or {}  # prompt text -> response texts
         self.number = number  # t, from 1
         self.progress = None  # the bar of the stage that is being computed
 
@@ -156,11 +158,15 @@ class TextGame:
         )  # fmt: skip
 
     def judge(self, prompts, responses):
-        """The judge's tables (N, K, K), a few dozen prompts at a time; ValueError names a prompt whose table is none."""
+        """The judge's tables (N, K, K), a few dozen prompts at a time; ValueError names a prompt whose table is none.
+
+        With --opponents K + M rows: each prompt's M outside responses stand behind its own.
+        """
         tables = []
         for start in range(0, len(prompts), JUDGED_TOGETHER):
             some = prompts[start : start + JUDGED_TOGETHER]
-            texts = [self.texts(prompt, row) for prompt, row in zip(some, responses[start:])]
+            outside = [self.opponents.get(prompt.text, []) for prompt in some]
+            texts = [self.texts(prompt, row) + others for prompt, row, others in zip(some, responses[start:], outside)]
             table = self.judge_model.preferences_many([prompt.text for prompt in some], texts)
             table = torch.as_tensor(table, dtype=torch.float32).detach().cpu()
             N, K = len(texts), len(texts[0])
@@ -334,6 +340,14 @@ def load_prompts(config, tokenizer, context):
     return [prompts[t :: config.rounds] for t in range(config.rounds)]
 
 
+def load_opponents(config, prompts):
+    """{prompt text: outside responses} from --opponents, for all prompts of the run."""
+    if not config.opponents:
+        return {}
+    texts = list(dict.fromkeys(prompt.text for part in prompts for prompt in part))
+    return dict(zip(texts, outputs_for(config.opponents, texts)))
+
+
 def load(config):
     """The policy, tokenizer and judge of a run and its prompts, one list a round; refuses what does not fit together."""
     tokenizer, sizes = Tokenizer(config.policy), ModelConfig.from_json(Path(config.policy) / "config.json")
@@ -347,10 +361,11 @@ def run(config):
     """Play all rounds of a run, or those that are missing. Returns the lines of metrics.jsonl."""
     check(config)
     policy, tokenizer, judge, prompts = load(config)
+    opponents = load_opponents(config, prompts)
     claim(config)
     out, lines, drawn = Path(config.out), [], time.monotonic()
     for number, part in enumerate(prompts, 1):
-        start, game = time.monotonic(), TextGame(config, policy, tokenizer, judge, number)
+        start, game = time.monotonic(), TextGame(config, policy, tokenizer, judge, number, opponents)
         result = sppo_round(game, part, config, game.generator(1), Stages(config, game, part), game.log)
         lines += [{"round": number} | step for step in result["steps"]]
         lines.append(summary(number, result, tokenizer.eos))

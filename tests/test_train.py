@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # the first optimizer imports it, a second and a half: once here, not in every child
-from conftest import ROOT, letters, tiny_settings
+from conftest import ROOT, letters, tiny_run, tiny_settings
 from safetensors.torch import load_file
 
 import model as transformer
@@ -609,3 +609,42 @@ def test_a_run_that_diverges_stops_before_its_weights_are_kept(world, tmp_path, 
     line = refused(capsys, world, tmp_path / "run", lr=999.0, epochs=50)
     assert "the gradient norm is" in line and "lower --lr or --eta" in line
     assert not list((tmp_path / "run").glob("round-02/policy"))
+
+
+# ------------------------------------------------------------------------------------------------ opponents
+
+
+def write_opponents(path, *texts, prompts=("3+4=", "5+9=")):
+    path.write_text(json.dumps([{"instruction": prompt, "output": text} for prompt in prompts for text in texts]))
+    return str(path)
+
+
+def test_opponents_count_in_the_win_rates_and_are_never_trained_on(world, tmp_path):
+    """Two strong opponents lower every win rate; what is sampled in round 1 and trained on stays the policy's own."""
+    strong = write_opponents(tmp_path / "strong.json", "zzzz", "zzzz")  # to `letters` the later letter is the better
+    tiny_run(world, tmp_path / "alone")
+    tiny_run(world, tmp_path / "against", opponents=strong)
+    rows = [json.loads((tmp_path / name / "round-01/responses.jsonl").read_text().splitlines()[0]) for name in ("alone", "against")]
+    assert rows[0] == rows[1] and len(rows[1]["responses"]) == 3
+    alone, against = (load_file(tmp_path / name / "round-01/preferences.safetensors") for name in ("alone", "against"))
+    assert against["preferences"].shape == (2, 5, 5) and torch.equal(against["preferences"][:, :3, :3], alone["preferences"])
+    mine = against["win_rates"][:, :3]
+    assert (mine < alone["win_rates"]).all() and (mine.mean(1) < 0.5).all()
+    expected = (3 * alone["win_rates"] + against["preferences"][:, :3, 3:].sum(-1)) / 5
+    assert torch.allclose(mine, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"target": "optimistic"}, {"select": "best-worst"}, {"target": "normalized"}])
+def test_opponents_go_with_every_target_and_selection(world, tmp_path, changes):
+    lines = tiny_run(world, tmp_path / "run", opponents=write_opponents(tmp_path / "o.json", "7."), **changes)
+    assert [row["round"] for row in lines if "best_win_rate" in row] == [1, 2]
+
+
+def test_opponents_that_lack_a_prompt_or_differ_in_number_are_named(world, tmp_path):
+    with pytest.raises(ValueError, match="no output for 1 of the 2 prompts, the first is '5.9='"):
+        tiny_run(world, tmp_path / "run", opponents=write_opponents(tmp_path / "o.json", "7.", prompts=("3+4=",)))
+    rows = [{"instruction": prompt, "output": "7."} for prompt in ("3+4=", "5+9=", "5+9=")]
+    (tmp_path / "o.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="'5.9=' has 2 outputs, expected 1"):
+        tiny_run(world, tmp_path / "run", opponents=str(tmp_path / "o.json"))
+    assert not (tmp_path / "run").exists()
