@@ -36,9 +36,9 @@ def calibration(preference, label):
 
     The expected calibration error is the mean of |share - confidence| over the bins, weighted by their pairs.
     """
-    favoured = torch.where(preference > 0.5, label, 1 - label).double()
+    favoured = torch.where(preference > 0.5, label, 1 - label).double().masked_fill(preference == 0.5, 0.5)  # no side
     confidence = torch.maximum(preference, 1 - preference).double()
-    place = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    place = ((confidence - 0.5) * 2 * BINS + 1e-5).long().clamp(max=BINS - 1)  # .8 and 1 - .2 fall into one bin
     bins = []
     for b in range(BINS):
         if (here := place == b).any():

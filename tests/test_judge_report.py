@@ -37,6 +37,17 @@ def test_calibration_error_by_hand():
     assert result["expected_calibration_error"] == pytest.approx((0.9 + 0.3) / 2)
 
 
+def test_confidence_at_the_edge_of_a_bin_is_not_split_by_rounding():
+    """Eight of ten right at .8, in either order: float32's 1 - .2 is a little less than its .8."""
+    preference = torch.tensor([0.8] * 5 + [0.2] * 5)
+    result = calibration(preference, torch.tensor([1.0] * 4 + [0.0] + [0.0] * 4 + [1.0]))
+    assert len(result["bins"]) == 1 and result["expected_calibration_error"] < 1e-6
+
+
+def test_a_judge_that_calls_every_pair_a_tie_is_calibrated():
+    assert calibration(torch.full((4,), 0.5), torch.ones(4))["expected_calibration_error"] == 0
+
+
 def test_turning_pairs_round_changes_no_number():
     probability, draw = coin(1, 500)
     label, difference = (draw < probability).double(), (draw - 0.3) * 100

@@ -8,11 +8,14 @@ import torch
 from conftest import tiny_run
 
 from data import Tokenizer, pad_responses, read_pairs
+from judge_report import report
 from model import Transformer, initialize
+from prefmodel import load_judge
 from sppo import sequence_logps, win_rates
 from toy import text_game
 from toy.text_game import (
     CLASSES,
+    STRENGTHS,
     SUMS,
     build_debugging,
     class_shares,
@@ -187,3 +190,25 @@ def test_measure_of_a_missing_run_ends_with_one_line(world, tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", ["text_game", "measure", str(world), str(tmp_path / "nowhere")])
     assert text_game.main() == 2
     assert "nowhere" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------ a biased oracle
+
+
+def test_biased_oracle_gives_the_longer_answer_so_many_logits_more():
+    responses = ["7.", "7!", "13.", "7.."]
+    fair, biased = (oracle("3+4=", responses, longer=longer) for longer in (0.0, 0.3))
+    moved = torch.logit(biased) - torch.logit(fair)
+    assert moved[2, 0].item() == pytest.approx(0.3) and moved[0, 2].item() == pytest.approx(-0.3)
+    assert moved[0, 1].abs() < 1e-9 and moved[3, 2].abs() < 1e-9
+    assert torch.allclose(biased + biased.T, torch.ones(4, 4, dtype=torch.float64))
+
+
+def test_report_shows_the_bias_of_an_oracle_that_likes_length():
+    """Labels drawn from the fair oracle: its own length correlation is theirs, the biased one's is larger."""
+    pairs = draw_pairs(3000, STRENGTHS, torch.Generator().manual_seed(0))
+    pairs = [pair | {"probability": 1.0} for pair in pairs]
+    fair, biased = (report(load_judge("toy.text_game:oracle:" + json.dumps({"longer": b})), pairs) for b in (0.0, 1.0))
+    assert biased["length_correlation"] > fair["length_correlation"] + 0.05
+    assert fair["expected_calibration_error"] < 0.02
+    assert biased["expected_calibration_error"] > fair["expected_calibration_error"]

@@ -63,10 +63,16 @@ def payoff(strengths=STRENGTHS):
     return table
 
 
-def oracle(prompt, responses, strengths=STRENGTHS):
-    """The judge of last resort, as a rule: `--judge toy.text_game:oracle`."""
+def oracle(prompt, responses, strengths=STRENGTHS, longer=0.0):
+    """The judge of last resort, as a rule: `--judge toy.text_game:oracle`. Biased: `longer` logits for the longer response."""
     classes = [classify(prompt, response) for response in responses]
-    return payoff(tuple(strengths))[classes][:, classes]
+    return favour_longer(payoff(tuple(strengths))[classes][:, classes], responses, longer)
+
+
+def favour_longer(table, responses, logits):
+    """(K, K) preferences with so many logits more for the longer response of each pair."""
+    size = torch.tensor([len(response) for response in responses])
+    return torch.sigmoid(torch.logit(table) + logits * torch.sign(size[:, None] - size)) if logits else table
 
 
 # ------------------------------------------------------------------------------------------------ building it
