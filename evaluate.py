@@ -330,7 +330,7 @@ def main(arguments=None):
     command.add_argument("--epochs", type=int, default=3, help="passes over the samples [%(default)s]")
     command.add_argument("--batch", type=int, default=64, help="responses per optimizer step [%(default)s]")
     command.add_argument("--lr", type=float, default=1e-4, help="at the first step, falls to zero [%(default)s]")
-    add_sampling(command, 16)
+    add_sampling(command, 64)
 
     command = commands.add_parser("lc", help="win rate and length-controlled win rate as AlpacaEval 2 defines them")
     command.set_defaults(run=lc)

@@ -300,13 +300,13 @@ def command(monkeypatch, capsys, *arguments):
     return code, capsys.readouterr().err.strip()
 
 
-def test_train_writes_a_judge_from_real_pairs(shared, tmp_path, monkeypatch, capsys):
+def test_train_writes_a_judge_from_real_pairs(shared, tmp_path, capsys):
     with open(shared / "pandalm/pairs.jsonl", encoding="utf-8") as file:
         (tmp_path / "pairs.jsonl").write_text("".join(file.readlines()[:40]), encoding="utf-8")
     folder = shared / "tiny-mistral/chat32k"
     flags = ["--pairs", tmp_path / "pairs.jsonl", "--backbone", folder, "--out", tmp_path / "judge", "--epochs", 1, "--batch", 10]
-    code, out, _ = command(monkeypatch, capsys, *flags, "--held-out", 0.25)
-    assert code == 0 and "held-out pairs: loss" in out and (tmp_path / "judge/learning.png").exists()
+    assert prefmodel.main(["train", *map(str, flags), "--held-out", "0.25"]) == 0
+    assert "held-out pairs: loss" in capsys.readouterr().out and (tmp_path / "judge/learning.png").exists()
     P = load_judge(str(tmp_path / "judge")).preferences("Why is the sky blue?", ["Rayleigh.", "It is not."])
     assert P[0, 1] != 0.5 and P[0, 1] + P[1, 0] == 1
     rows = [json.loads(line) for line in (tmp_path / "judge/metrics.jsonl").read_text().splitlines()]
