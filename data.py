@@ -246,7 +246,7 @@ def outputs_for(path, prompts):
     counts = [len(outputs[prompt]) for prompt in prompts]
     for prompt, count in zip(prompts, counts):
         if count != counts[0]:
-            raise ValueError(f"{path}: instruction {prompt[:40]!r} has {count} outputs, expected {counts[0]} as the first one has")
+            raise ValueError(f"{path}: instruction {prompt[:40]!r} has {count} outputs, expected {counts[0]}, as the first has")
     return [outputs[prompt] for prompt in prompts]
 
 

@@ -308,7 +308,7 @@ def test_train_writes_a_judge_from_real_pairs(shared, tmp_path, capsys):
     assert prefmodel.main(["train", *map(str, flags), "--held-out", "0.25"]) == 0
     assert "held-out pairs: loss" in capsys.readouterr().out and (tmp_path / "judge/learning.png").exists()
     P = load_judge(str(tmp_path / "judge")).preferences("Why is the sky blue?", ["Rayleigh.", "It is not."])
-    assert P[0, 1] != 0.5 and P[0, 1] + P[1, 0] == 1
+    assert P[0, 1] != 0.5 and (P[0, 1] + P[1, 0]).item() == pytest.approx(1, abs=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "judge/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows[:-1]] == list(range(1, len(rows))) and "held_out_loss" in rows[-1]
 

@@ -624,9 +624,10 @@ def test_opponents_count_in_the_win_rates_and_are_never_trained_on(world, tmp_pa
     strong = write_opponents(tmp_path / "strong.json", "zzzz", "zzzz")  # to `letters` the later letter is the better
     tiny_run(world, tmp_path / "alone")
     tiny_run(world, tmp_path / "against", opponents=strong)
-    rows = [json.loads((tmp_path / name / "round-01/responses.jsonl").read_text().splitlines()[0]) for name in ("alone", "against")]
-    assert rows[0] == rows[1] and len(rows[1]["responses"]) == 3
-    alone, against = (load_file(tmp_path / name / "round-01/preferences.safetensors") for name in ("alone", "against"))
+    rounds = [tmp_path / name / "round-01" for name in ("alone", "against")]
+    sampled = [(folder / "responses.jsonl").read_text() for folder in rounds]
+    assert sampled[0] == sampled[1] and len(json.loads(sampled[1].splitlines()[0])["responses"]) == 3
+    alone, against = (load_file(folder / "preferences.safetensors") for folder in rounds)
     assert against["preferences"].shape == (2, 5, 5) and torch.equal(against["preferences"][:, :3, :3], alone["preferences"])
     mine = against["win_rates"][:, :3]
     assert (mine < alone["win_rates"]).all() and (mine.mean(1) < 0.5).all()
