@@ -203,7 +203,7 @@ def draw(result):
     reliability.legend(frameon=False, loc="lower right")
     rows = [row for row in result["longer_wins"] if row["difference"] > 0]
     parts = [rows[i * len(rows) // 8 : (i + 1) * len(rows) // 8] for i in range(8)]
-    middle = [(sum(row[key] for row in part) / len(part) for key in ("difference", "preference")) for part in parts if part]
+    middle = [[sum(row[key] for row in part) / len(part) for key in ("difference", "preference")] for part in parts if part]
     length.axhline(0.5, color="#777777", linewidth=0.8)
     length.plot(*zip(*middle), "o-", color="#D55E00") if middle else None
     length.set(xlabel="difference of lengths (characters), an eighth of the pairs each", ylim=(0, 1))

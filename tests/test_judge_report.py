@@ -171,6 +171,12 @@ def test_transitive_makes_ties_of_a_pure_circle_and_doubles_a_transitive_judges_
     assert two[0, 1].item() == pytest.approx(0.9**2 / (0.9**2 + 0.1**2), abs=1e-5)
 
 
+def test_the_figure_shows_eight_parts_of_the_pairs_by_length():
+    line = judge_report.draw(report(Rule(by_length), texts())).axes[1].lines[1]
+    difference, wins = line.get_xdata(), line.get_ydata()
+    assert len(difference) == 8 and list(difference) == sorted(difference) and list(wins) == sorted(wins) and wins[0] < wins[-1]
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
