@@ -48,6 +48,21 @@ def calibration(preference, label):
     return {"expected_calibration_error": error, "bins": bins}
 
 
+def longer_rate(preference, difference):
+    """Mean P(longer beats shorter) over the pairs of different lengths; of labels, the share of votes for the longer."""
+    unlike = difference != 0
+    return 0.5 + (difference.sign() * (preference - 0.5))[unlike].mean().item() if unlike.any() else None
+
+
+def length_surplus(preference, label, difference):
+    """How much more the judge gives to the longer response than the voters do, in win rate: -b of the least-squares fit
+
+    label - ½ ≈ a (preference - ½) + b sign(difference). 0 for a judge that is right, however sure of itself it is (a).
+    """
+    x = torch.stack([preference - 0.5, difference.sign()], 1).double()
+    return -torch.linalg.lstsq(x, (label.double() - 0.5)[:, None], driver="gelsd").solution[1].item()
+
+
 def length_effect(opinion, difference):
     """Correlation of an opinion (of either sign: a logit, or label - ½) with a difference of lengths, both 0 on average.
 
@@ -143,6 +158,8 @@ def report(judge, pairs, together=32):
     difference = torch.tensor([len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs], dtype=torch.float64)
     sets = [judge.preferences(*row) for row in tqdm(response_sets(pairs), desc="all responses of a prompt", leave=False)]
     result = agreement(preference, label) | calibration(preference, label)
+    result["longer_rate"], result["longer_rate_of_labels"] = longer_rate(preference, difference), longer_rate(label, difference)
+    result["length_surplus"] = length_surplus(preference, label, difference)
     result["length_correlation"] = length_effect(torch.logit(preference, eps=1e-7), difference)
     result["length_correlation_of_labels"] = length_effect(label - 0.5, difference)
     result["judge"], result["labels"] = circles_of(sets), circles_of(label_tables(pairs, label.tolist()))
@@ -175,6 +192,9 @@ def print_report(result):
     line(f"accuracy on the {result['decided']} with a majority", result["accuracy"])
     line("cross-entropy with the labels, nats (a coin has 0.6931)", result["cross_entropy"])
     line("expected calibration error", result["expected_calibration_error"])
+    line("mean P(longer beats shorter)", result["longer_rate"])
+    line("share of votes for the longer", result["longer_rate_of_labels"])
+    line("what it gives to the longer beyond the votes", result["length_surplus"])
     line("correlation of its logit with length", result["length_correlation"])
     line("correlation of the labels with length", result["length_correlation_of_labels"])
     for name in ("judge", "labels"):

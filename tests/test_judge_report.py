@@ -127,8 +127,18 @@ def texts(count=40):
 def test_the_report_shows_a_judge_that_likes_length():
     result = report(Rule(by_length), texts())
     assert result["length_correlation"] == pytest.approx(1) and result["length_correlation_of_labels"] < -0.8
+    assert result["longer_rate"] > 0.55 and result["longer_rate_of_labels"] == 0
     assert result["accuracy"] == 0 and result["judge"]["intransitive_triples"] == 0
     assert all(row["preference"] >= 0.5 for row in result["longer_wins"])
+
+
+def test_length_surplus_is_what_was_added_and_nothing_for_a_right_judge_of_any_sharpness():
+    generator = torch.Generator().manual_seed(0)
+    probability, difference = 0.1 + 0.8 * torch.rand(50_000, generator=generator), torch.randn(50_000, generator=generator)
+    label = (torch.rand(50_000, generator=generator) < probability).float()
+    surplus = [judge_report.length_surplus(p, label, difference) for p in (probability, 0.5 + 0.5 * (probability - 0.5))]
+    assert surplus == pytest.approx([0, 0], abs=0.01)
+    assert judge_report.length_surplus(probability + 0.1 * difference.sign(), label, difference) == pytest.approx(0.1, abs=0.01)
 
 
 def test_the_report_finds_the_circle_of_a_judge():
