@@ -649,3 +649,9 @@ def test_opponents_that_lack_a_prompt_or_differ_in_number_are_named(world, tmp_p
     with pytest.raises(ValueError, match="'5.9=' has 2 outputs, expected 1"):
         tiny_run(world, tmp_path / "run", opponents=str(tmp_path / "o.json"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pairrm_checkpoint_judges_a_run(world, tmp_path, shared):
+    tiny_run(world, tmp_path / "run", judge=str(shared / "pairrm/tiny"), rounds=1)
+    table = load_file(tmp_path / "run/round-01/preferences.safetensors")["preferences"]
+    assert table.shape == (2, 3, 3) and torch.allclose(table + table.mT, torch.ones(2, 3, 3), atol=1e-6)
