@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------ win rates
 
@@ -96,6 +97,21 @@ def sequence_logps(logits, tokens, mask):
     logits, tokens, mask = logits[:, :-1], tokens[:, 1:], mask[:, 1:]  # position t predicts token t + 1
     logp = torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[..., None])[..., 0]  # (B, T - 1)
     return logp.masked_fill(~mask, 0.0).sum(-1)
+
+
+def chunked_logps(hidden, head, tokens, mask, rows=128):
+    """sequence_logps(head(hidden), tokens, mask), but logits exist for `rows` response positions at a time only.
+
+    hidden (B, T, D); head (R, D) -> (R, V). The backward pass computes each chunk's logits again instead of keeping them.
+    """
+    used = mask[:, 1:]  # position t predicts token t + 1
+    chunks = zip(hidden[:, :-1][used].split(rows), tokens[:, 1:][used].split(rows))
+    logp = torch.cat([checkpoint(_token_logps, head, *chunk, use_reentrant=False) for chunk in chunks])  # (R,)
+    return torch.zeros(used.shape, device=logp.device).masked_scatter(used, logp).sum(-1)
+
+
+def _token_logps(head, hidden, tokens):
+    return -F.cross_entropy(head(hidden).float(), tokens, reduction="none")
 
 
 def sppo_loss(log_ratio, target):

@@ -31,7 +31,7 @@ from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, promp
 from data import append_line, remove, whole, write_figure, write_json, write_lines
 from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
-from sppo import PAIR_LOSSES, TARGETS, RoundConfig, score, sequence_logps, sppo_round, win_rates
+from sppo import PAIR_LOSSES, TARGETS, RoundConfig, chunked_logps, score, sequence_logps, sppo_round, win_rates
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -61,6 +61,7 @@ class TrainConfig(RoundConfig):
 
 
 JUDGED_TOGETHER = 32  # prompts
+SMALL_LOGITS = 2**23  # numbers: a batch whose logits are no more is scored in one piece, a larger one in chunks
 
 CHOICES = {
     "loss": ("sppo", *PAIR_LOSSES), "target": TARGETS, "select": ("best-worst", "all"),
@@ -188,7 +189,11 @@ class TextGame:
         """(b, S) log π(y|x) of b prompts and S responses each, in one padded forward pass."""
         rows = [(prompt.ids, response) for prompt, row in zip(prompts, responses, strict=True) for response in row]
         tokens, mask = pad_responses(*zip(*rows), device=self.config.device)
-        logps = sequence_logps(self.policy(tokens), tokens, mask).view(len(prompts), -1)
+        if tokens.numel() * self.policy.config.vocab_size <= SMALL_LOGITS:
+            logps = sequence_logps(self.policy(tokens), tokens, mask)
+        else:
+            logps = chunked_logps(self.policy.model(tokens), self.policy.head, tokens, mask)
+        logps = logps.view(len(prompts), -1)
         if self.progress is not None:
             self.progress.update(len(prompts))
         return logps.cpu()

@@ -1,19 +1,25 @@
 """Claims about sppo.py: numbers worked by hand, the authors' and TRL's losses, and rounds on a game that is a table."""
 
 import math
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, tiny_config
 from torch import nn
 
+from model import Transformer, initialize
 from sppo import (
     PAIR_LOSSES,
     TARGETS,
     RoundConfig,
     best_and_worst,
+    chunked_logps,
     dpo_loss,
     ipo_loss,
     learning_rate,
@@ -171,6 +177,56 @@ def test_position_t_predicts_token_t_plus_one():
     mask = torch.tensor([[0, 0, 1, 1]], dtype=torch.bool)
     assert sequence_logps(logits, torch.tensor([[1, 2, 3, 5]]), mask).item() == pytest.approx(0, abs=1e-6)
     assert sequence_logps(logits, torch.tensor([[1, 2, 5, 3]]), mask).item() == pytest.approx(-200)
+
+
+def language_model(V, D, B, T, seed=0):
+    """A random transformer, tokens (B, T), and responses of different lengths, one of them empty."""
+    config = tiny_config(vocab_size=V, hidden_size=D, max_position_embeddings=T)
+    policy = initialize(Transformer(config), torch.Generator().manual_seed(seed))
+    tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+    position, end = torch.arange(T), torch.arange(B)[:, None] * (T - 3) // max(B - 1, 1) + 3
+    return policy, tokens, (position >= 3) & (position < end)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_chunked_logps_equal_the_plain_ones_and_so_do_their_gradients(rows):
+    policy, tokens, mask = language_model(V=301, D=32, B=5, T=40)
+    plain = sequence_logps(policy(tokens), tokens, mask)
+    chunked = chunked_logps(policy.model(tokens), policy.head, tokens, mask, rows)
+    assert mask[0].sum() == 0 and chunked[0] == 0
+    assert torch.allclose(chunked, plain, atol=1e-5, rtol=1e-6)
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
+    expected = torch.autograd.grad((weight * plain).sum(), list(policy.parameters()))
+    for ours, theirs in zip(torch.autograd.grad((weight * chunked).sum(), list(policy.parameters())), expected):
+        assert torch.allclose(ours, theirs, atol=1e-4 * theirs.abs().max().item() + 1e-7)
+
+
+def test_chunked_logps_need_a_fifth_of_the_memory_of_full_logits_with_32000_tokens():
+    """Peak resident memory above the model's, forward and backward; freed blocks go back to the system at once."""
+    script = """
+import resource, sys
+sys.path.insert(0, "tests")
+import torch
+from test_sppo import chunked_logps, language_model, sequence_logps
+torch.set_num_threads(1)
+policy, tokens, mask = language_model(V=32_000, D=32, B=4, T=300)
+few = tokens[:, :8], mask[:, :8]
+chunked_logps(policy.model(few[0]), policy.head, *few).sum().backward()  # imports, gradients
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "full":
+    logps = sequence_logps(policy(tokens), tokens, mask)
+else:
+    logps = chunked_logps(policy.model(tokens), policy.head, tokens, mask)
+logps.sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-c", script]
+    peaks = [
+        int(subprocess.run([*command, kind], cwd=ROOT, env=environment, capture_output=True, check=True).stdout)
+        for kind in ("full", "chunked")
+    ]
+    assert peaks[0] > 5 * peaks[1] > 0
 
 
 def test_logps_of_bfloat16_logits_are_float32():
