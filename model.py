@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from data import read_json, whole, write_json
 from generate import KVCache, generate, prefill  # noqa: F401  what a policy can do, importable with it
@@ -199,6 +200,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # keep only each layer's input for the backward pass, which runs the layer again
 
     def forward(self, tokens, cache=None):
         config, window = self.config, self.config.sliding_window
@@ -215,7 +217,10 @@ class Decoder(nn.Module):
         cos, sin = rotary_angles(position, config.head_dim, config.rope_theta)
         x = self.embed_tokens(tokens)  # (B, T, D)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache and cache.layer(index))
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache and cache.layer(index))
         if cache is not None:
             cache.length = cache.length + tokens.shape[1]
         return self.norm(x)

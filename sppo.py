@@ -153,6 +153,7 @@ class RoundConfig:
     schedule_epochs: int | None = None  # epochs that the learning-rate schedule is laid out for; unset: epochs
     batch: int = 64  # prompts per optimizer step
     micro_batch: int = 8  # prompts per forward pass; the gradients of a batch are accumulated
+    micro_tokens: int = 0  # tokens per forward pass, padding included, prompts sorted by length; 0: micro_batch prompts
     optimizer: str = "rmsprop"  # rmsprop (the authors' code) | adamw (no weight decay)
     lr: float = 5e-7  # peak learning rate
     warmup: float = 0.1  # share of the schedule that the learning rate rises linearly; it then falls linearly to 0
@@ -162,12 +163,13 @@ class RoundConfig:
 def sppo_round(game, prompts, config, generator, memo=lambda name, compute: compute(), log=lambda **step: None):
     """One round: play `game` on `prompts`, and leave in it the policy π_{t+1}. Returns what happened, as a dictionary.
 
-    `game` is five functions:
+    `game` is these functions:
       sample(prompts) -> N lists of K responses from the current policy
       judge(prompts, responses) -> (N, K, K), P(y_i beats y_j); rows and columns behind K are opponents from elsewhere
       logps(prompts, responses) -> (N, S) log-probabilities under the current policy, differentiable
       previous(prompts, responses, win_rate) -> (N, K) win rates against π_{t-1}, if there is one  (target optimistic)
       reference(prompts, responses) -> (N, S) log-probabilities under μ                         (target regularized)
+      longest(prompt, responses) -> tokens of the longest of a prompt's S sequences                    (micro_tokens)
     and `policy`, the module whose parameters are trained. `memo(name, compute)` may return what an interrupted run
     already has; by default it computes. `log` is called once an optimizer step with numbers.
     """
@@ -204,8 +206,22 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
 @torch.no_grad()
 def score(game, prompts, selected, config):
     """log π(y|x) of the selected responses under the game's current policy, in micro-batches: (N, S)."""
-    parts = [slice(start, start + config.micro_batch) for start in range(0, len(prompts), config.micro_batch)]
-    return torch.cat([game.logps(prompts[part], selected[part]) for part in parts])
+    parts = micro_batches(game, prompts, selected, torch.arange(len(prompts)), config)
+    logps = torch.cat([game.logps([prompts[n] for n in part], [selected[n] for n in part]) for part in parts])
+    return logps[torch.tensor([n for part in parts for n in part]).argsort()]
+
+
+def micro_batches(game, prompts, selected, batch, config):
+    """Split a batch, a tensor of indices, into lists of indices that go through the network together."""
+    if not config.micro_tokens:
+        return [micro.tolist() for micro in batch.split(config.micro_batch)]
+    longest = {n: game.longest(prompts[n], selected[n]) for n in batch.tolist()}
+    parts = [[]]
+    for n in sorted(longest, key=longest.get):
+        if parts[-1] and (len(parts[-1]) + 1) * len(selected[n]) * longest[n] > config.micro_tokens:
+            parts.append([])
+        parts[-1].append(n)
+    return parts
 
 
 def fit(game, prompts, selected, old_logp, target, config, generator, log):
@@ -218,8 +234,9 @@ def fit(game, prompts, selected, old_logp, target, config, generator, log):
     for epoch in range(config.epochs):
         for batch in torch.randperm(N, generator=generator).split(config.batch):
             losses, ratios = [], []
-            for micro in batch.split(config.micro_batch):
-                logp = game.logps([prompts[n] for n in micro.tolist()], [selected[n] for n in micro.tolist()])  # (b, S)
+            parts = micro_batches(game, prompts, selected, batch, config)
+            for micro in parts:
+                logp = game.logps([prompts[n] for n in micro], [selected[n] for n in micro])  # (b, S)
                 log_ratio = logp - old_logp[micro]
                 loss = row_losses(log_ratio, target[micro], config)
                 (loss.mean() * len(micro) / len(batch)).backward()
@@ -233,7 +250,8 @@ def fit(game, prompts, selected, old_logp, target, config, generator, log):
                 raise ValueError(f"optimizer step {len(steps) + 1}: the gradient norm is {norm.item()}; lower --lr or --eta")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            steps.append(step_numbers(epoch, torch.cat(losses), torch.cat(ratios), target[batch], norm, lr))
+            order = [n for micro in parts for n in micro]
+            steps.append(step_numbers(epoch, torch.cat(losses), torch.cat(ratios), target[order], norm, lr))
             log(**steps[-1])
     return steps
 

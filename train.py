@@ -55,6 +55,7 @@ class TrainConfig(RoundConfig):
     reference: str = ""  # checkpoint folder of μ (target regularized); unset: the policy that the run starts from
     reference_every: int = 0  # every so many rounds μ becomes the current policy (a moving reference); 0: never
     pool: int = 256  # rows that decode together
+    recompute: bool = False  # run each layer again in the backward pass instead of keeping what it computed
     seed: int = 0  # of everything random
     device: str = "cpu"  # a torch device
     dtype: str = "float32"  # of the policy's weights
@@ -109,8 +110,9 @@ def parse_config(arguments=None):
 
 COUNTS = ("rounds", "epochs", "batch", "micro_batch", "pool", "max_new_tokens")
 RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | {  # (smallest, largest) that makes sense, both included
-    "samples": (2, math.inf), "seed": (0, math.inf), "reference_every": (0, math.inf), "eta": (1e-9, 1e9), "tau": (0, 1e9),
-    "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12), "temperature": (0, 1e6), "top_p": (1e-9, 1),
+    "samples": (2, math.inf), "seed": (0, math.inf), "reference_every": (0, math.inf), "micro_tokens": (0, math.inf),
+    "eta": (1e-9, 1e9), "tau": (0, 1e9), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12),
+    "temperature": (0, 1e6), "top_p": (1e-9, 1),
 }  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def check(config):
 
 
 class TextGame:
-    """The five functions that `sppo_round` plays with, for round `number` of a text policy (see its docstring)."""
+    """The functions that `sppo_round` plays with, for round `number` of a text policy (see its docstring)."""
 
     def __init__(self, config, policy, tokenizer, judge_model, number, opponents=None):
         self.config, self.policy, self.tokenizer, self.judge_model = config, policy, tokenizer, judge_model
@@ -197,6 +199,9 @@ class TextGame:
         if self.progress is not None:
             self.progress.update(len(prompts))
         return logps.cpu()
+
+    def longest(self, prompt, responses):
+        return len(prompt.ids) + max(map(len, responses))
 
     def log(self, **step):
         """Called after each optimizer step: seen in the bar and in metrics.jsonl, which is rewritten behind the round."""
@@ -359,6 +364,7 @@ def load(config):
     tokenizer.check_vocabulary(sizes.vocab_size)
     prompts = load_prompts(config, tokenizer, sizes.max_position_embeddings)  # before the weights, which take longer
     policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
+    policy.model.recompute = config.recompute
     return policy, tokenizer, load_judge(config.judge, config.device), prompts
 
 

@@ -23,6 +23,7 @@ from sppo import (
     dpo_loss,
     ipo_loss,
     learning_rate,
+    micro_batches,
     normalized_target,
     optimistic_target,
     regularized_target,
@@ -488,3 +489,18 @@ def test_pair_losses_take_the_first_column_for_the_winner(loss):
     config, ratio = RoundConfig(eta=10.0, loss=loss), torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
     good, bad = row_losses(ratio, None, config)
     assert good < bad
+
+
+# ------------------------------------------------------------------------------------------------ micro-batches
+
+
+def test_micro_batches_hold_every_prompt_once_and_no_more_tokens_than_allowed():
+    """Padding counts: a micro-batch costs its sequences times the longest of them. One prompt alone may be over the budget."""
+    lengths = [5, 90, 7, 30, 31, 8, 200, 6]
+    game = SimpleNamespace(longest=lambda prompt, responses: lengths[prompt])
+    selected, batch = [[None, None]] * 8, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])
+    parts = micro_batches(game, list(range(8)), selected, batch, RoundConfig(micro_tokens=130))
+    assert sorted(n for part in parts for n in part) == list(range(8))
+    costs = [2 * len(part) * max(lengths[n] for n in part) for part in parts]
+    assert all(cost <= 130 or len(part) == 1 for cost, part in zip(costs, parts)) and len(parts) < 8
+    assert [len(part) for part in micro_batches(game, list(range(8)), selected, batch, RoundConfig(micro_batch=3))] == [3, 3, 2]

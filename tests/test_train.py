@@ -655,3 +655,24 @@ def test_a_pairrm_checkpoint_judges_a_run(world, tmp_path, shared):
     tiny_run(world, tmp_path / "run", judge=str(shared / "pairrm/tiny"), rounds=1)
     table = load_file(tmp_path / "run/round-01/preferences.safetensors")["preferences"]
     assert table.shape == (2, 3, 3) and torch.allclose(table + table.mT, torch.ones(2, 3, 3), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def numbers(lines):
+    keys = ("loss", "best_log_ratio", "worst_log_ratio", "gradient_norm")
+    return torch.tensor([[row[key] for key in keys] for row in lines if "loss" in row])
+
+
+@pytest.mark.parametrize("changes", [{"micro_tokens": 30}, {"micro_tokens": 1}, {"micro_tokens": 10_000}, {"recompute": True}])
+def test_what_saves_memory_changes_no_number(world, tmp_path, changes):
+    plain, saving = (tiny_run(world, tmp_path / name, **flags) for name, flags in (("a", {}), ("b", changes)))
+    assert torch.allclose(numbers(saving), numbers(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_large_vocabularies_are_scored_in_chunks_with_the_same_numbers(world, tmp_path, monkeypatch):
+    plain = tiny_run(world, tmp_path / "plain")
+    monkeypatch.setattr(train, "SMALL_LOGITS", 0)
+    chunked = tiny_run(world, tmp_path / "chunked")
+    assert torch.allclose(numbers(chunked), numbers(plain), rtol=1e-4, atol=1e-6)
