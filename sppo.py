@@ -160,7 +160,7 @@ class RoundConfig:
     clip: float = 1.0  # largest gradient norm
 
 
-def sppo_round(game, prompts, config, generator, memo=lambda name, compute: compute(), log=lambda **step: None):
+def sppo_round(game, prompts, config, generator, memo=lambda name, compute: compute(), log=lambda **step: None, saver=None):
     """One round: play `game` on `prompts`, and leave in it the policy π_{t+1}. Returns what happened, as a dictionary.
 
     `game` is these functions:
@@ -171,7 +171,8 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
       reference(prompts, responses) -> (N, S) log-probabilities under μ                         (target regularized)
       longest(prompt, responses) -> tokens of the longest of a prompt's S sequences                    (micro_tokens)
     and `policy`, the module whose parameters are trained. `memo(name, compute)` may return what an interrupted run
-    already has; by default it computes. `log` is called once an optimizer step with numbers.
+    already has; by default it computes. `log` is called once an optimizer step with numbers. `saver`, if there is one, keeps
+    the state of the fit: load(policy, optimizer) -> numbers of the steps done, save(policy, optimizer, steps).
     """
     # Line 3: y_1, ..., y_K ~ π_t(·|x) for every prompt x.
     responses = memo("responses", lambda: game.sample(prompts))  # N lists of K
@@ -199,7 +200,7 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
         target = regularized_target(win_rate.gather(1, chosen), log_ratio, config.eta, config.tau)
 
     # Line 6: minimise eq. 4.7.
-    steps = memo("policy", lambda: fit(game, prompts, selected, logp, target, config, generator, log))
+    steps = memo("policy", lambda: fit(game, prompts, selected, logp, target, config, generator, log, saver))
     return {"win_rate": win_rate, "responses": responses, "target": target, "steps": steps}
 
 
@@ -224,35 +225,38 @@ def micro_batches(game, prompts, selected, batch, config):
     return parts
 
 
-def fit(game, prompts, selected, old_logp, target, config, generator, log):
+def fit(game, prompts, selected, old_logp, target, config, generator, log, saver=None):
     """Regress log π_θ/π_t on target: `epochs` passes over shuffled prompts. Returns a dictionary of numbers a step."""
-    N, steps = len(prompts), []
-    per_epoch = -(-N // config.batch)
+    N = len(prompts)
+    batches = [batch for _ in range(config.epochs) for batch in torch.randperm(N, generator=generator).split(config.batch)]
+    per_epoch = len(batches) // config.epochs
     schedule = per_epoch * (config.schedule_epochs or config.epochs)
     make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
     optimizer = make(game.policy.parameters(), lr=config.lr, weight_decay=0.0)
-    for epoch in range(config.epochs):
-        for batch in torch.randperm(N, generator=generator).split(config.batch):
-            losses, ratios = [], []
-            parts = micro_batches(game, prompts, selected, batch, config)
-            for micro in parts:
-                logp = game.logps([prompts[n] for n in micro], [selected[n] for n in micro])  # (b, S)
-                log_ratio = logp - old_logp[micro]
-                loss = row_losses(log_ratio, target[micro], config)
-                (loss.mean() * len(micro) / len(batch)).backward()
-                losses.append(loss.detach())
-                ratios.append(log_ratio.detach())
-            lr = learning_rate(len(steps), schedule, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            norm = torch.nn.utils.clip_grad_norm_(game.policy.parameters(), config.clip)
-            if not torch.isfinite(norm):
-                raise ValueError(f"optimizer step {len(steps) + 1}: the gradient norm is {norm.item()}; lower --lr or --eta")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            order = [n for micro in parts for n in micro]
-            steps.append(step_numbers(epoch, torch.cat(losses), torch.cat(ratios), target[order], norm, lr))
-            log(**steps[-1])
+    steps = saver.load(game.policy, optimizer) if saver else []
+    for batch in batches[len(steps) :]:
+        losses, ratios, parts = [], [], micro_batches(game, prompts, selected, batch, config)
+        for micro in parts:
+            logp = game.logps([prompts[n] for n in micro], [selected[n] for n in micro])  # (b, S)
+            log_ratio = logp - old_logp[micro]
+            loss = row_losses(log_ratio, target[micro], config)
+            (loss.mean() * len(micro) / len(batch)).backward()
+            losses.append(loss.detach())
+            ratios.append(log_ratio.detach())
+        lr = learning_rate(len(steps), schedule, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(game.policy.parameters(), config.clip)
+        if not torch.isfinite(norm):
+            raise ValueError(f"optimizer step {len(steps) + 1}: the gradient norm is {norm.item()}; lower --lr or --eta")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        order = [n for micro in parts for n in micro]
+        epoch = len(steps) // per_epoch
+        steps.append(step_numbers(epoch, torch.cat(losses), torch.cat(ratios), target[order], norm, lr))
+        log(**steps[-1])
+        if saver:
+            saver.save(game.policy, optimizer, steps)
     return steps
 
 

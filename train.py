@@ -14,7 +14,6 @@ import dataclasses
 import inspect
 import math
 import re
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -23,15 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from tqdm import tqdm
 
-from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_lines, read_prompts
-from data import append_line, remove, whole, write_figure, write_json, write_lines
+from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_prompts
+from data import append_line, remove, write_figure, write_json, write_lines
 from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
 from sppo import PAIR_LOSSES, TARGETS, RoundConfig, chunked_logps, score, sequence_logps, sppo_round, win_rates
+from stages import Saver, Stages, peak_memory, policy_folder, read_responses, round_folder
 
 # ------------------------------------------------------------------------------------------------ settings
 
@@ -56,6 +53,7 @@ class TrainConfig(RoundConfig):
     reference_every: int = 0  # every so many rounds μ becomes the current policy (a moving reference); 0: never
     pool: int = 256  # rows that decode together
     recompute: bool = False  # run each layer again in the backward pass instead of keeping what it computed
+    save_minutes: float = 10.0  # how often an unfinished fit keeps its state; a stage that is killed loses no more
     seed: int = 0  # of everything random
     device: str = "cpu"  # a torch device
     dtype: str = "float32"  # of the policy's weights
@@ -112,7 +110,7 @@ COUNTS = ("rounds", "epochs", "batch", "micro_batch", "pool", "max_new_tokens")
 RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | {  # (smallest, largest) that makes sense, both included
     "samples": (2, math.inf), "seed": (0, math.inf), "reference_every": (0, math.inf), "micro_tokens": (0, math.inf),
     "eta": (1e-9, 1e9), "tau": (0, 1e9), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12),
-    "temperature": (0, 1e6), "top_p": (1e-9, 1),
+    "temperature": (0, 1e6), "top_p": (1e-9, 1), "save_minutes": (0, math.inf),
 }  # fmt: skip
 
 
@@ -236,89 +234,14 @@ class TextGame:
             load_weights(self.policy, policy_folder(self.config, self.number))
 
 
-# ------------------------------------------------------------------------------------------------ stages on disk
-
-
-def round_folder(config, number):
-    return Path(config.out) / f"round-{number:02d}"
-
-
-def policy_folder(config, number):
-    """The checkpoint of π_t: what the round before left, or --policy."""
-    return Path(config.policy) if number == 1 else round_folder(config, number - 1) / "policy"
-
-
-class Stages:
-    """The memo of one round: a finished stage is read from its file, any other is computed and written whole.
-
-    round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/ (the weights of π_2 in Hugging
-    Face layout, and steps.jsonl, the numbers of each optimizer step). previous.safetensors and
-    reference.safetensors where the target needs them.
-    """
-
-    def __init__(self, config, game, prompts):
-        self.config, self.game, self.prompts = config, game, prompts
-        self.folder = round_folder(config, game.number)
-
-    def __call__(self, name, compute):
-        path = self.folder / {"responses": "responses.jsonl", "policy": "policy"}.get(name, f"{name}.safetensors")
-        if path.exists():
-            return self.read(name, path)
-        start, config = time.perf_counter(), self.config
-        total = len(self.prompts) * {"responses": config.samples, "policy": config.epochs}.get(name, 1)
-        title = f"round {self.game.number}/{config.rounds} {name}"
-        with tqdm(total=total, unit={"responses": "response"}.get(name, "prompt"), desc=title, leave=False) as self.game.progress:
-            value = compute()
-        with whole(path) as temporary:
-            self.write(name, temporary, value)
-        row = {"round": self.game.number, "stage": name, "seconds": time.perf_counter() - start, "peak_gb": peak_memory(config)}
-        append_line(Path(config.out) / "timings.jsonl", row)
-        return value
-
-    def read(self, name, path):
-        if name == "responses":
-            return read_responses(path, self.prompts)
-        if name == "policy":
-            load_weights(self.game.policy, path)
-            return [row for _, row in read_lines(path / "steps.jsonl")]
-        try:
-            return load_file(path)[name]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: not what this stage writes ({error}); delete it to compute it again") from None
-
-    def write(self, name, path, value):
-        if name == "responses":
-            rows = zip(self.prompts, value, strict=True)
-            rows = [{"prompt": p.text, "responses": self.game.texts(p, row), "tokens": row} for p, row in rows]
-            write_lines(path, rows)
-        elif name == "policy":
-            self.game.policy.write_pretrained(path)
-            self.game.tokenizer.copy_to(path)
-            write_lines(path / "steps.jsonl", value)
-        else:
-            extra = {"win_rates": win_rates(value)} if name == "preferences" else {}
-            path.write_bytes(save({name: value.contiguous()} | extra))
-
-
-def read_responses(path, prompts):
-    """The sampled token ids of a responses.jsonl: N lists of K. ValueError if it was written for other prompts."""
-    rows = list(read_lines(path))
-    if [row["prompt"] for _, row in rows] != [prompt.text for prompt in prompts]:
-        raise ValueError(f"{path}: holds responses to other prompts than this run's; was the prompt file changed?")
-    return [row["tokens"] for _, row in rows]
-
-
-def peak_memory(config):
-    """Largest memory of this process so far, in GB: of the GPU where there is one, else resident."""
-    if config.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(config.device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+# ------------------------------------------------------------------------------------------------ the run
 
 
 def claim(config):
     """Make the run folder this run's: write config.json, or compare with the one of the run that is continued."""
     path, settings = Path(config.out) / "config.json", dataclasses.asdict(config)
-    settings.pop("out")  # a run folder may be moved
+    for name in ("out", "save_minutes"):  # a run folder may be moved; how often it is saved changes no number
+        settings.pop(name)
     if not path.exists():
         return write_json(path, settings)
     old = read_json(path)
@@ -328,9 +251,6 @@ def claim(config):
                 f"{path}: this run was started with --{name.replace('_', '-')} {old.get(name)}, now it is {settings.get(name)}; "
                 "give the same settings to continue it, or another --out"
             )
-
-
-# ------------------------------------------------------------------------------------------------ the run
 
 
 def load_prompts(config, tokenizer, context):
@@ -377,7 +297,9 @@ def run(config):
     out, lines, drawn = Path(config.out), [], time.monotonic()
     for number, part in enumerate(prompts, 1):
         start, game = time.monotonic(), TextGame(config, policy, tokenizer, judge, number, opponents)
-        result = sppo_round(game, part, config, game.generator(1), Stages(config, game, part), game.log)
+        stages, saver = Stages(config, game, part), Saver(round_folder(config, number) / "fit.safetensors", config.save_minutes)
+        result = sppo_round(game, part, config, game.generator(1), stages, game.log, saver)
+        saver.done()
         lines += [{"round": number} | step for step in result["steps"]]
         lines.append(summary(number, result, tokenizer.eos))
         write_lines(out / "metrics.jsonl", lines)

@@ -676,3 +676,40 @@ def test_large_vocabularies_are_scored_in_chunks_with_the_same_numbers(world, tm
     monkeypatch.setattr(train, "SMALL_LOGITS", 0)
     chunked = tiny_run(world, tmp_path / "chunked")
     assert torch.allclose(numbers(chunked), numbers(plain), rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ inside a fit
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_a_fit_that_is_stopped_continues_behind_its_last_saved_step_to_the_same_bytes(world, tmp_path, monkeypatch, optimizer):
+    settings, log, calls = dict(epochs=4, batch=1, optimizer=optimizer, save_minutes=0), train.TextGame.log, []
+
+    def stopped(game, **step):
+        calls.append(step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        log(game, **step)
+
+    whole_run = tiny_run(world, tmp_path / "whole", **settings)
+    monkeypatch.setattr(train.TextGame, "log", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(world, tmp_path / "stopped", **settings)
+    assert (tmp_path / "stopped/round-01/fit.safetensors").exists() and not (tmp_path / "stopped/round-01/policy").exists()
+    assert tiny_run(world, tmp_path / "stopped", **settings) == whole_run
+    assert len(calls) == 1 + 2 * 4 * 2  # the step that was lost, and every other one once
+    for name in ("round-01", "round-02"):
+        a, b = (tmp_path / run / name / "policy/model.safetensors" for run in ("whole", "stopped"))
+        assert a.read_bytes() == b.read_bytes()
+    assert not list((tmp_path / "stopped").rglob("fit.safetensors"))
+
+
+def test_a_fit_is_not_saved_before_it_is_time_and_a_damaged_state_is_named(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.TextGame, "log", lambda game, **step: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(world, tmp_path / "run")
+    state = tmp_path / "run/round-01/fit.safetensors"
+    assert not state.exists()
+    state.write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="fit.safetensors: not the state of this fit .*delete it to begin the stage again"):
+        tiny_run(world, tmp_path / "run", save_minutes=5)

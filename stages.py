@@ -1,0 +1,137 @@
+"""What a run leaves on disk, so that it continues where it was stopped: stages that are finished, and the one that is not.
+
+    RUN/round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/
+
+A stage is written under a temporary name and renamed when it is whole. The long one, fitting the policy, also keeps its
+state every --save-minutes, in fit.safetensors, until it is done.
+"""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
+from tqdm import tqdm
+
+from data import append_line, read_lines, remove, whole, write_lines
+from model import load_weights
+from sppo import win_rates
+
+
+def round_folder(config, number):
+    return Path(config.out) / f"round-{number:02d}"
+
+
+def policy_folder(config, number):
+    """The checkpoint of π_t: what the round before left, or --policy."""
+    return Path(config.policy) if number == 1 else round_folder(config, number - 1) / "policy"
+
+
+class Stages:
+    """The memo of one round: a finished stage is read from its file, any other is computed and written whole.
+
+    round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/ (the weights of π_2 in Hugging
+    Face layout, and steps.jsonl, the numbers of each optimizer step). previous.safetensors and
+    reference.safetensors where the target needs them.
+    """
+
+    def __init__(self, config, game, prompts):
+        self.config, self.game, self.prompts = config, game, prompts
+        self.folder = round_folder(config, game.number)
+
+    def __call__(self, name, compute):
+        path = self.folder / {"responses": "responses.jsonl", "policy": "policy"}.get(name, f"{name}.safetensors")
+        if path.exists():
+            return self.read(name, path)
+        start, config = time.perf_counter(), self.config
+        total = len(self.prompts) * {"responses": config.samples, "policy": config.epochs}.get(name, 1)
+        title = f"round {self.game.number}/{config.rounds} {name}"
+        with tqdm(total=total, unit={"responses": "response"}.get(name, "prompt"), desc=title, leave=False) as self.game.progress:
+            value = compute()
+        with whole(path) as temporary:
+            self.write(name, temporary, value)
+        row = {"round": self.game.number, "stage": name, "seconds": time.perf_counter() - start, "peak_gb": peak_memory(config)}
+        append_line(Path(config.out) / "timings.jsonl", row)
+        return value
+
+    def read(self, name, path):
+        if name == "responses":
+            return read_responses(path, self.prompts)
+        if name == "policy":
+            load_weights(self.game.policy, path)
+            return [row for _, row in read_lines(path / "steps.jsonl")]
+        try:
+            return load_file(path)[name]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path}: not what this stage writes ({error}); delete it to compute it again") from None
+
+    def write(self, name, path, value):
+        if name == "responses":
+            rows = zip(self.prompts, value, strict=True)
+            rows = [{"prompt": p.text, "responses": self.game.texts(p, row), "tokens": row} for p, row in rows]
+            write_lines(path, rows)
+        elif name == "policy":
+            self.game.policy.write_pretrained(path)
+            self.game.tokenizer.copy_to(path)
+            write_lines(path / "steps.jsonl", value)
+        else:
+            extra = {"win_rates": win_rates(value)} if name == "preferences" else {}
+            path.write_bytes(save({name: value.contiguous()} | extra))
+
+
+def read_responses(path, prompts):
+    """The sampled token ids of a responses.jsonl: N lists of K. ValueError if it was written for other prompts."""
+    rows = list(read_lines(path))
+    if [row["prompt"] for _, row in rows] != [prompt.text for prompt in prompts]:
+        raise ValueError(f"{path}: holds responses to other prompts than this run's; was the prompt file changed?")
+    return [row["tokens"] for _, row in rows]
+
+
+def peak_memory(config):
+    """Largest memory of this process so far, in GB: of the GPU where there is one, else resident."""
+    if config.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(config.device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Saver:
+    """Keeps the state of an unfinished fit in one safetensors file: weights, optimizer state, the numbers of each step."""
+
+    def __init__(self, path, minutes):
+        self.path, self.seconds, self.last = Path(path), 60 * minutes, time.monotonic()
+
+    def load(self, policy, optimizer):
+        """Put weights and optimizer state where they were; returns the numbers of the steps done, none if nothing was kept."""
+        if not self.path.exists():
+            return []
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                steps = json.loads(file.metadata()["steps"])
+            kept = load_file(self.path)
+            with torch.no_grad():
+                for name, parameter in policy.named_parameters():
+                    parameter.copy_(kept[f"weights.{name}"])
+                    state = {key: kept[key] for key in kept if key.startswith(f"optimizer.{name}:")}
+                    device = parameter.device
+                    optimizer.state[parameter] = {key.rpartition(":")[2]: value.to(device) for key, value in state.items()}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path}: not the state of this fit ({error}); delete it to begin the stage again") from None
+        return steps
+
+    def save(self, policy, optimizer, steps):
+        """Called behind every step; writes when it is time."""
+        if time.monotonic() - self.last < self.seconds:
+            return
+        tensors = {}
+        for name, parameter in policy.named_parameters():
+            tensors[f"weights.{name}"] = parameter.detach()
+            tensors |= {f"optimizer.{name}:{key}": value for key, value in optimizer.state[parameter].items()}
+        with whole(self.path) as temporary:
+            save_file(tensors, temporary, metadata={"steps": json.dumps(steps)})
+        self.last = time.monotonic()
+
+    def done(self):
+        remove(self.path)
