@@ -30,6 +30,18 @@ def policy_folder(config, number):
     return Path(config.policy) if number == 1 else round_folder(config, number - 1) / "policy"
 
 
+LOWER = {  # what takes less memory in which stage
+    "responses": "lower --pool or --max-new-tokens",
+    "preferences": "judge with a smaller model, or on another --device",
+    "policy": "lower --micro-tokens or --micro-batch, or add --recompute",
+}
+
+
+def out_of_memory(error):
+    """Whether an error of torch, on a GPU or the CPU, or of Python says that memory ran out."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
 class Stages:
     """The memo of one round: a finished stage is read from its file, any other is computed and written whole.
 
@@ -50,7 +62,13 @@ class Stages:
         total = len(self.prompts) * {"responses": config.samples, "policy": config.epochs}.get(name, 1)
         title = f"round {self.game.number}/{config.rounds} {name}"
         with tqdm(total=total, unit={"responses": "response"}.get(name, "prompt"), desc=title, leave=False) as self.game.progress:
-            value = compute()
+            try:
+                value = compute()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                what = LOWER.get(name, "lower --micro-tokens or --micro-batch")
+                raise ValueError(f"{title}: out of memory; {what}, the finished stages are kept: {error}") from None
         with whole(path) as temporary:
             self.write(name, temporary, value)
         row = {"round": self.game.number, "stage": name, "seconds": time.perf_counter() - start, "peak_gb": peak_memory(config)}

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+import plan
 from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_prompts
 from data import append_line, remove, write_figure, write_json, write_lines
 from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
@@ -57,6 +58,9 @@ class TrainConfig(RoundConfig):
     seed: int = 0  # of everything random
     device: str = "cpu"  # a torch device
     dtype: str = "float32"  # of the policy's weights
+    plan: bool = False  # only print memory, tokens, operations, hours and disk that the run would take
+    gpus: int = 1  # how many the plan is for
+    gpu: str = "h100"  # which kind the plan is for
 
 
 JUDGED_TOGETHER = 32  # prompts
@@ -64,7 +68,7 @@ SMALL_LOGITS = 2**23  # numbers: a batch whose logits are no more is scored in o
 
 CHOICES = {
     "loss": ("sppo", *PAIR_LOSSES), "target": TARGETS, "select": ("best-worst", "all"),
-    "optimizer": ("rmsprop", "adamw"), "template": TEMPLATES, "dtype": tuple(DTYPES),
+    "optimizer": ("rmsprop", "adamw"), "template": TEMPLATES, "dtype": tuple(DTYPES), "gpu": tuple(plan.GPUS),
 }  # fmt: skip
 
 PRESETS = {
@@ -106,7 +110,7 @@ def parse_config(arguments=None):
     return TrainConfig(**(preset | flags))
 
 
-COUNTS = ("rounds", "epochs", "batch", "micro_batch", "pool", "max_new_tokens")
+COUNTS = ("rounds", "gpus", "epochs", "batch", "micro_batch", "pool", "max_new_tokens")
 RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | {  # (smallest, largest) that makes sense, both included
     "samples": (2, math.inf), "seed": (0, math.inf), "reference_every": (0, math.inf), "micro_tokens": (0, math.inf),
     "eta": (1e-9, 1e9), "tau": (0, 1e9), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12),
@@ -237,16 +241,21 @@ class TextGame:
 # ------------------------------------------------------------------------------------------------ the run
 
 
+# Settings that are no part of a run, and those that may change when it is continued: they move numbers by rounding only.
+APART = ("out", "plan", "gpus", "gpu")
+FREE = ("device", "pool", "micro_batch", "micro_tokens", "recompute", "save_minutes")
+
+
 def claim(config):
     """Make the run folder this run's: write config.json, or compare with the one of the run that is continued."""
     path, settings = Path(config.out) / "config.json", dataclasses.asdict(config)
-    for name in ("out", "save_minutes"):  # a run folder may be moved; how often it is saved changes no number
+    for name in APART:
         settings.pop(name)
     if not path.exists():
         return write_json(path, settings)
     old = read_json(path)
     for name in settings | old:
-        if settings.get(name) != old.get(name):
+        if name not in FREE and settings.get(name) != old.get(name):
             raise ValueError(
                 f"{path}: this run was started with --{name.replace('_', '-')} {old.get(name)}, now it is {settings.get(name)}; "
                 "give the same settings to continue it, or another --out"
@@ -376,7 +385,11 @@ def main(arguments=None):
     try:
         if config.policy == PRESETS["debug"]["policy"]:
             prepare_debugging(config)
-        run(config)
+        if config.plan:
+            check(config)
+            plan.print_plan(plan.plan(config, config.gpus, config.gpu))
+        else:
+            run(config)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -713,3 +713,48 @@ def test_a_fit_is_not_saved_before_it_is_time_and_a_damaged_state_is_named(world
     state.write_bytes(b"not a tensor")
     with pytest.raises(ValueError, match="fit.safetensors: not the state of this fit .*delete it to begin the stage again"):
         tiny_run(world, tmp_path / "run", save_minutes=5)
+
+
+@pytest.mark.parametrize(
+    "method, error, words",
+    [
+        ("sample", torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "round 1/2 responses: out of memory; lower --pool"),
+        ("judge", MemoryError("no more"), "round 1/2 preferences: out of memory; judge with a smaller model"),
+        ("log", RuntimeError("not enough memory: you tried to allocate 9 bytes"), "policy: out of memory; lower --micro-tokens"),
+    ],
+)
+def test_running_out_of_memory_names_the_flag_to_lower_and_keeps_the_finished_stages(
+    world, tmp_path, monkeypatch, method, error, words
+):
+    def fail(*arguments, **named):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TextGame, method, fail)
+        with pytest.raises(ValueError, match=words):
+            tiny_run(world, tmp_path / "run", micro_batch=2)
+    less = dict(micro_batch=1, pool=2, recompute=True)  # as advised, in the same folder
+    assert tiny_run(world, tmp_path / "run", **less) == tiny_run(world, tmp_path / "other", micro_batch=1)
+
+
+def test_other_runtime_errors_are_not_called_out_of_memory(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.TextGame, "sample", lambda game, prompts: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        tiny_run(world, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+
+def test_plan_prints_and_writes_nothing(world, tmp_path, capsys):
+    flags = ["--policy", f"{world}/policy", "--judge", "conftest:letters", "--prompts", f"{world}/prompts.jsonl"]
+    flags += ["--out", str(tmp_path / "run"), "--template", "plain", "--max-new-tokens", "4"]
+    assert train.main(["--plan", "--gpu", "a100-80", *flags]) == 0
+    assert "plan for 1 × a100-80 of 80 GB" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert train.main(["--plan", "--gpus", "0", *flags]) == 2 and "--gpus is 0" in capsys.readouterr().err
+
+
+def test_plan_flags_are_no_settings_of_a_run(world, tmp_path):
+    tiny_run(world, tmp_path / "run", rounds=1)
+    assert {"plan", "gpus", "gpu"}.isdisjoint(json.loads((tmp_path / "run/config.json").read_text()))
+    tiny_run(world, tmp_path / "run", rounds=1, gpus=8)
