@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import optim
+
 # ------------------------------------------------------------------------------------------------ win rates
 
 
@@ -231,8 +233,7 @@ def fit(game, prompts, selected, old_logp, target, config, generator, log, saver
     batches = [batch for _ in range(config.epochs) for batch in torch.randperm(N, generator=generator).split(config.batch)]
     per_epoch = len(batches) // config.epochs
     schedule = per_epoch * (config.schedule_epochs or config.epochs)
-    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
-    optimizer = make(game.policy.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = make_optimizer(game.policy, config, generator)
     steps = saver.load(game.policy, optimizer) if saver else []
     for batch in batches[len(steps) :]:
         losses, ratios, parts = [], [], micro_batches(game, prompts, selected, batch, config)
@@ -258,6 +259,16 @@ def fit(game, prompts, selected, old_logp, target, config, generator, log, saver
         if saver:
             saver.save(game.policy, optimizer, steps)
     return steps
+
+
+def make_optimizer(policy, config, generator):
+    """torch's own; for bfloat16 weights, whose small steps plain rounding would lose, those that round at random."""
+    parameters = list(policy.parameters())
+    if parameters[0].dtype == torch.bfloat16:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return {"adamw": optim.AdamW, "rmsprop": optim.RMSProp}[config.optimizer](parameters, config.lr, seed)
+    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
+    return make(parameters, lr=config.lr, weight_decay=0.0)
 
 
 def row_losses(log_ratio, target, config):

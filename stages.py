@@ -132,9 +132,7 @@ class Saver:
             with torch.no_grad():
                 for name, parameter in policy.named_parameters():
                     parameter.copy_(kept[f"weights.{name}"])
-                    state = {key: kept[key] for key in kept if key.startswith(f"optimizer.{name}:")}
-                    device = parameter.device
-                    optimizer.state[parameter] = {key.rpartition(":")[2]: value.to(device) for key, value in state.items()}
+            load_optimizer(optimizer, {key.removeprefix("optimizer."): kept[key] for key in kept if key.startswith("optimizer.")})
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: not the state of this fit ({error}); delete it to begin the stage again") from None
         return steps
@@ -143,13 +141,30 @@ class Saver:
         """Called behind every step; writes when it is time."""
         if time.monotonic() - self.last < self.seconds:
             return
-        tensors = {}
-        for name, parameter in policy.named_parameters():
-            tensors[f"weights.{name}"] = parameter.detach()
-            tensors |= {f"optimizer.{name}:{key}": value for key, value in optimizer.state[parameter].items()}
+        tensors = {f"weights.{name}": parameter.detach() for name, parameter in policy.named_parameters()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer).items()}
         with whole(self.path) as temporary:
             save_file(tensors, temporary, metadata={"steps": json.dumps(steps)})
         self.last = time.monotonic()
 
     def done(self):
         remove(self.path)
+
+
+def optimizer_tensors(optimizer):
+    """The state of one of torch's optimizers, or of optim.py's, as {name: tensor}."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer.state_dict()
+    states = enumerate(optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
+    return {f"{number}.{key}": value for number, state in states for key, value in state.items()}
+
+
+def load_optimizer(optimizer, tensors):
+    """What optimizer_tensors gave, back into an optimizer of the same parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer.load_state_dict(tensors)
+    parameters = optimizer.param_groups[0]["params"]
+    for name, value in tensors.items():
+        number, key = name.split(".")
+        parameter = parameters[int(number)]
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -85,11 +85,11 @@ PRESETS = {
     ),
     # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimiser and micro-batch are those of the
     # authors' code (uclaml/SPPO), as are 2048 new tokens (scripts/generate.sh). Sampling is the paper's 1.0 / 1.0.
-    # Weights are float32: in bfloat16, updates of 5e-7 round away.
+    # Weights are bfloat16 with stochastic rounding (optim.py): rounded to the nearest, updates of 5e-7 would be lost.
     "mistral-7b": dict(
         rounds=3, samples=5, select="best-worst", eta=1000.0, lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=18,
         batch=64, micro_batch=1, optimizer="rmsprop", temperature=1.0, top_p=1.0, max_new_tokens=2048,
-        template="mistral", dtype="float32", pool=32,
+        template="mistral", dtype="bfloat16", recompute=True, pool=32,
     ),
 }  # fmt: skip
 
