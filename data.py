@@ -220,10 +220,10 @@ def read_pairs(path):
         if not number or not 0 <= probability <= 1:
             raise ValueError(f"{where}: probability is {probability!r}, expected a number from 0 to 1")
         votes = row.get("votes", [])
-        if not isinstance(votes, list) or not all(vote in (0, 1, 2) for vote in votes):
+        if not isinstance(votes, list) or not all(type(vote) is int and vote in (0, 1, 2) for vote in votes):
             raise ValueError(f"{where}: votes are {votes!r}, expected a list of 1 (chosen), 2 (rejected) or 0 (tie)")
-        known = {key: row[key] for key in ("chosen_model", "rejected_model", "votes") if key in row}
-        pairs.append(pair | {"probability": float(probability)} | known)
+        names = {key: text_field(row, key, where) for key in ("chosen_model", "rejected_model") if key in row}
+        pairs.append(pair | {"probability": float(probability), "votes": votes} | names)
     return pairs
 
 

@@ -14,18 +14,22 @@ comes from a round drawn at random (theorem 4.1; π_2 to π_{T+1}, the checkpoin
 
 import argparse
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_prompts, vacant
 from data import whole, write_figure, write_json
+from judge_report import checked_tables
 from length_controlled import GAMED, lc, length_controlled_from_weights, length_controlled_win_rate  # noqa: F401
 from model import DTYPES, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
 from sppo import sequence_logps, win_rates
+from train import RANGES
 
 JUDGED_TOGETHER = 16  # prompts
 
@@ -35,7 +39,7 @@ JUDGED_TOGETHER = 16  # prompts
 def checkpoints(folder):
     """The checkpoint folders of a policy: the rounds' policies of a run in their order, or the one folder itself."""
     folder = Path(folder)
-    rounds = sorted(folder.glob("round-*/policy"), key=lambda path: int(path.parent.name.removeprefix("round-")))
+    rounds = sorted(folder.glob("round-[0-9]*/policy"), key=lambda path: int(path.parent.name.removeprefix("round-")))
     if not rounds and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: neither a checkpoint (config.json) nor a run (round-01/policy)")
     return rounds or [folder]
@@ -56,13 +60,15 @@ class Sampler:
         for prompt in prompts:
             if len(prompt.ids) + self.args.max_new_tokens > context:
                 raise ValueError(
-                    f"prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with --max-new-tokens "
-                    f"{self.args.max_new_tokens} is more than the context of {self.folders[0]}, {context}"
+                    f"{self.args.prompts}: prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with "
+                    f"--max-new-tokens {self.args.max_new_tokens} is more than the context of {self.folders[0]}, {context}"
                 )
         return prompts
 
     def mixture(self, prompts, samples, generator):
         """N lists of `samples` responses as token ids; each is of a checkpoint drawn at random."""
+        if len(self.folders) == 1:
+            return self.sample(0, prompts, samples, generator)
         drawn = torch.randint(len(self.folders), (len(prompts), samples), generator=generator)
         responses = [[None] * samples for _ in prompts]
         with tqdm(total=drawn.numel(), unit="response", desc="sample", leave=False) as progress:
@@ -97,17 +103,26 @@ def responses_of(source, prompts, args, generator):
     return sampler.texts(ready, sampler.mixture(ready, args.samples, generator))
 
 
-def judged(judge, prompts, responses):
-    """(N, K, K) tables of the judge, a few prompts at a time."""
-    tables, texts = [], [prompt_text(prompt) for prompt in prompts]
+def judged(judge, args, prompts, responses, generator, reduce=lambda table: table):
+    """(N, K, K) tables of the judge, or what `reduce` makes of them, a few prompts at a time; each row in random order."""
+    texts, results = [prompt_text(prompt) for prompt in prompts], []
     with tqdm(total=len(texts), unit="prompt", desc="judge", leave=False) as progress:
         for start in range(0, len(texts), JUDGED_TOGETHER):
-            part = slice(start, start + JUDGED_TOGETHER)
-            tables.append(torch.as_tensor(judge.preferences_many(texts[part], responses[part])).float().cpu())
-            progress.update(len(tables[-1]))
-    tables = torch.cat(tables)
-    win_rates(tables)  # ValueError if it is none
-    return tables
+            part, some = texts[start : start + JUDGED_TOGETHER], responses[start : start + JUDGED_TOGETHER]
+            order = torch.stack([torch.randperm(len(row), generator=generator) for row in some])  # (n, K)
+            shuffled = [[row[k] for k in ks] for row, ks in zip(some, order.tolist())]
+            place = order.argsort(1)  # where each response went
+            table = checked_tables(judge, part, shuffled, args.judge)
+            rows = torch.arange(len(part))[:, None, None]
+            results.append(reduce(table[rows, place[:, :, None], place[:, None, :]]))
+            progress.update(len(part))
+    return torch.cat(results)
+
+
+def generator_of(args):
+    """Random numbers of a seed *and* a policy, so that two policies sampled with one seed are independent."""
+    source = zlib.crc32(f"{args.command} {args.policy if 'policy' in args else args.run_folder}".encode())
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([args.seed, source]).generate_state(1)[0]))
 
 
 # ------------------------------------------------------------------------------------------------ outputs
@@ -117,12 +132,13 @@ def outputs(args):
     """Responses in AlpacaEval's format; with --best-of n the one of n that wins most against the others, by the judge."""
     if args.best_of > 1 and not args.judge:
         raise ValueError("--best-of needs a --judge")
-    prompts, generator = read_prompts(args.prompts), torch.Generator().manual_seed(args.seed)
+    judge = load_judge(args.judge, args.device) if args.best_of > 1 else None  # what is wrong with it is said before the work
+    prompts, generator = list({prompt_text(p): p for p in read_prompts(args.prompts)}.values()), generator_of(args)
     args.samples = args.best_of
     texts = responses_of(args.policy, prompts, args, generator)
     best = [0] * len(prompts)
     if args.best_of > 1:
-        best = win_rates(judged(load_judge(args.judge, args.device), prompts, texts)).argmax(-1).tolist()
+        best = judged(judge, args, prompts, texts, generator, win_rates).argmax(-1).tolist()
     name = args.name or Path(args.policy).resolve().name
     rows = [{"instruction": prompt_text(p), "output": row[k], "generator": name} for p, row, k in zip(prompts, texts, best)]
     write_json(args.out, rows)
@@ -137,21 +153,21 @@ def mean(values):
 
 
 def winrate(args):
-    prompts, generator = read_prompts(args.prompts), torch.Generator().manual_seed(args.seed)
+    prompts, generator = read_prompts(args.prompts), generator_of(args)
     judge = load_judge(args.judge, args.device)
     if args.against:
-        return versus(args, prompts, judge, generator)
-    if len(checkpoints(args.policy)) == 1:
+        return versus(judge, args, prompts, generator)
+    if Path(args.policy).is_file() or len(checkpoints(args.policy)) == 1:
         raise ValueError(f"--against is missing: {args.policy} is one policy, with nothing to compare")
-    return matrix(args, prompts, judge, generator)
+    return matrix(judge, args, prompts, generator)
 
 
-def versus(args, prompts, judge, generator):
+def versus(judge, args, prompts, generator):
     """P(P's response beats Q's) over prompts, samples of both and the judge, with a bootstrap interval over prompts."""
     both = [responses_of(source, prompts, args, generator) for source in (args.policy, args.against)]
     size = len(both[0][0])
-    table = judged(judge, prompts, [ours + theirs for ours, theirs in zip(*both)])
-    wins = table[:, :size, size:].double().mean((1, 2))  # (N,)
+    responses = [ours + theirs for ours, theirs in zip(*both)]
+    wins = judged(judge, args, prompts, responses, generator, lambda table: table[:, :size, size:].double().mean((1, 2)))  # (N,)
     low, high = bootstrap(wins, generator)
     lengths = [mean([len(text) for row in texts for text in row]) for texts in both]
     result = {
@@ -172,36 +188,46 @@ def bootstrap(values, generator, draws=10_000):
     return means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
 
 
-def matrix(args, prompts, judge, generator):
+def matrix(judge, args, prompts, generator):
     """Win rate of each round's policy against each other, of the policy that the run began from, and of the average.
 
     The average's rows and columns are means over the rounds' (--every leaves out rounds, also of the average).
     """
     sampler = Sampler(args.policy, args)
-    base = Path(read_json(Path(args.policy) / "config.json")["policy"])
+    base = Path(read_json(Path(args.policy) / "config.json").get("policy", ""))
     kept = range(args.every - 1, len(sampler.folders), args.every)
+    if not kept:
+        raise ValueError(f"--every is {args.every}, but the run has {len(sampler.folders)} rounds")
     names, folders = [f"round {index + 1}" for index in kept], [sampler.folders[index] for index in kept]
-    if base.is_dir():
+    if (base / "config.json").is_file():
         names, folders = ["base", *names], [base, *folders]
+    else:
+        print(f"{base}: the policy that the run began from is not there, and not in the matrix")
     sampler.folders, ready = folders, sampler.prompts(prompts)
     texts = [[] for _ in ready]
     for index in tqdm(range(len(folders)), desc="sample", unit="policy", leave=False):
         for row, new in zip(texts, sampler.texts(ready, sampler.sample(index, ready, args.samples, generator))):
             row.extend(new)
-    blocks = judged(judge, prompts, texts).unflatten(2, (len(names), -1)).unflatten(1, (len(names), -1))  # (N, A, S, A, S)
-    table = blocks.double().mean((0, 2, 4))  # (A, A)
-    rounds = slice(len(names) - len(kept), None)
+    size = len(names)
+
+    def by_policy(table):  # (n, A·S, A·S) -> (n, A, A)
+        return table.unflatten(2, (size, -1)).unflatten(1, (size, -1)).double().mean((2, 4))
+
+    table = judged(judge, args, prompts, texts, generator, by_policy).mean(0)  # (A, A)
+    rounds = slice(size - len(kept), None)
     against = torch.cat([table, table[:, rounds].mean(1, keepdim=True)], 1)  # the average as opponent
     table = torch.cat([against, against[rounds].mean(0, keepdim=True)])
     names.append("average")
     result = {"run": str(args.policy), "judge": args.judge, "policies": names, "win_rate": table.tolist()}
     result["least_of_average"] = table[-1].min().item()
-    losing = [(names[i], names[j], table[i, j].item()) for i in range(len(kept)) for j in range(i) if table[i, j] < 0.5]
-    result["later_loses_to_earlier"] = len(losing)
+    first, last = size - len(kept), size  # the rounds' places, base and average apart
+    both = [(i, j) for i in range(first, last) for j in range(first, i)]
+    losing = [(names[i], names[j], table[i, j].item()) for i, j in both if table[i, j] < 0.5]
+    result["later_loses_to_earlier"], result["pairs_of_rounds"] = len(losing), len(both)
     print(f"{'':10}" + "".join(f"{name.removeprefix('round '):>9}" for name in names[:: max(1, len(names) // 10)]))
     for i in range(0, len(names), max(1, len(names) // 10)):
         print(f"{names[i]:10}" + "".join(f"{table[i, j]:9.3f}" for j in range(0, len(names), max(1, len(names) // 10))))
-    print(f"{len(losing)} times a later policy loses to an earlier one", end="")
+    print(f"in {len(losing)} of {len(both)} pairs of rounds the later policy loses to the earlier one", end="")
     if losing:
         i, j, rate = min(losing, key=lambda row: row[2])
         print(f", most clearly {i} to {j}: {rate:.3f}", end="")
@@ -249,25 +275,24 @@ def average(args):
 def distill(args):
     """Fit one model to samples of the mixture by maximum likelihood, from the last round's weights on."""
     vacant(args.out)
-    prompts, generator = read_prompts(args.prompts), torch.Generator().manual_seed(args.seed)
+    prompts, generator = read_prompts(args.prompts), generator_of(args)
     sampler = Sampler(args.run_folder, args)
     ready, policy = sampler.prompts(prompts), sampler.policy
     responses = sampler.mixture(ready, args.samples, generator)
     load_weights(policy, sampler.folders[-1])
     rows = [(prompt.ids, response) for prompt, some in zip(ready, responses) for response in some]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
-    steps = args.epochs * -(-len(rows) // args.batch)
-    with tqdm(total=steps, unit="step", desc="distill", leave=False) as progress:
-        for _ in range(args.epochs):
-            for batch in torch.randperm(len(rows), generator=generator).split(args.batch):
-                tokens, mask = pad_responses(*zip(*[rows[i] for i in batch.tolist()]), device=args.device)
-                (-sequence_logps(policy(tokens), tokens, mask).mean()).backward()
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * (1 - progress.n / steps)
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                progress.update(1)
+    batches = [batch for _ in range(args.epochs) for batch in torch.randperm(len(rows), generator=generator).split(args.batch)]
+    for step, batch in enumerate(tqdm(batches, unit="step", desc="distill", leave=False)):
+        tokens, mask = pad_responses(*zip(*[rows[i] for i in batch.tolist()]), device=args.device)
+        (-sequence_logps(policy(tokens), tokens, mask).mean()).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - step / len(batches))
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise ValueError(f"step {step + 1}: the gradient norm is {norm.item()}; lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     save(policy, sampler.folders[-1], args.out)
     print(f"{args.out}: fitted to {len(rows)} responses of {len(sampler.folders)} checkpoints")
 
@@ -283,9 +308,10 @@ def save(policy, folder, out):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def add_sampling(command, samples):
+def add_sampling(command, samples=None):
     command.add_argument("--prompts", required=True, help="JSON lines with `prompt` or `messages`")
-    command.add_argument("--samples", type=int, default=samples, help="responses per prompt [%(default)s]")
+    if samples:
+        command.add_argument("--samples", type=int, default=samples, help="responses per prompt [%(default)s]")
     command.add_argument("--max-new-tokens", type=int, default=512, help="longest response [%(default)s]")
     command.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy [%(default)s]")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus of sampling [%(default)s]")
@@ -307,7 +333,7 @@ def main(arguments=None):
     command.add_argument("--judge", help="checkpoint folder, or module:function")
     command.add_argument("--name", help="the outputs' `generator` [name of the policy's folder]")
     command.add_argument("--out", required=True, help="JSON file")
-    add_sampling(command, 1)
+    add_sampling(command)
 
     command = commands.add_parser("winrate", help="win rate of a policy against another, or of all rounds of a run")
     command.set_defaults(run=winrate)
@@ -345,11 +371,20 @@ def main(arguments=None):
         for name in ("samples", "best_of", "every", "epochs", "batch", "max_new_tokens", "pool"):
             if getattr(args, name, 1) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+        for name in ("temperature", "top_p"):
+            low, high = RANGES[name]
+            if not low <= getattr(args, name, 1) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected from {low} to {high}")
+        if args.command in ("outputs", "winrate") and args.out and (Path(args.out).is_dir() or Path(args.out).suffix == ".png"):
+            raise ValueError(f"--out {args.out}: expected the name of a JSON file")
         check_device(getattr(args, "device", "cpu"))
         args.run(args)
     except (ValueError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import read_pairs, write_lines
+from data import read_lines, read_pairs, write_lines
 
 ANSWERS = {"1": 1.0, "2": 0.0, "0": 0.5}
 
@@ -23,10 +23,10 @@ class Human:
 
     def __init__(self, votes="votes.jsonl", seed=0, ask=input):
         self.path, self.ask, self.random, self.rows = Path(votes), ask, random.Random(seed), []
+        self.known, pairs = {}, []
         if self.path.exists() and self.path.stat().st_size:
-            self.rows = read_pairs(self.path)
-        self.known = {}
-        for row in self.rows:
+            pairs, self.rows = read_pairs(self.path), [row for _, row in read_lines(self.path)]  # with columns that are not ours
+        for row in pairs:
             self.learn(row["prompt"], row["chosen"], row["rejected"], row["probability"])
 
     def learn(self, prompt, first, second, probability):

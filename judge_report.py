@@ -2,18 +2,38 @@
 
     python prefmodel.py report --judge SPEC --pairs pairs.jsonl --out DIR
 
-Nothing here depends on which response of a pair stands first. `preference` is P(first beats second), `label` the share of
-votes for the first, in [0, 1], ½ for a tie; L is the preference's logit.
+The judge sees the two responses of a pair in random order. `preference` is P(first beats second), `label` the share of
+votes for the first, in [0, 1], ½ for a tie; L is the preference's logit. Turning a pair round changes no number.
 """
 
-import itertools
 from collections import defaultdict
 
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from sppo import win_rates
+
 BINS = 10  # of confidence, from ½ to 1
+
+
+
+def checked_tables(judge, prompts, responses, name):
+    """The judge's tables, (N, K, K) float32 on the CPU. ValueError names the judge, and a prompt whose table is none."""
+    tables, (N, K) = judge.preferences_many(prompts, responses), (len(prompts), len(responses[0]))
+    try:
+        tables = torch.as_tensor(tables, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"judge {name}: expected a tensor of preferences, found {type(tables).__name__}") from None
+    if tables.shape != (N, K, K):
+        raise ValueError(f"judge {name}: expected preferences ({N}, {K}, {K}), found {tuple(tables.shape)}")
+    for prompt, table in zip(prompts, tables):
+        try:
+            win_rates(table)
+        except ValueError as error:
+            raise ValueError(f"judge {name}, prompt {prompt[:40]!r}: {error}") from None
+    return tables
+
 
 # ------------------------------------------------------------------------------------------------ pairs
 
@@ -55,12 +75,14 @@ def longer_rate(preference, difference):
 
 
 def length_surplus(preference, label, difference):
-    """How much more the judge gives to the longer response than the voters do, in win rate: -b of the least-squares fit
+    """What the judge gives to the longer response beyond the votes, in win rate: 0 for one that is right, whatever its sharpness.
 
-    label - ½ ≈ a (preference - ½) + b sign(difference). 0 for a judge that is right, however sure of itself it is (a).
+    Least squares of label - ½ ≈ a (preference - ½) + b sign(difference); then the judge is (label - ½)/a, plus -b/a for the
+    longer. None where the judge says next to nothing that length does not (a < 0.1), or no lengths differ.
     """
     x = torch.stack([preference - 0.5, difference.sign()], 1).double()
-    return -torch.linalg.lstsq(x, (label.double() - 0.5)[:, None], driver="gelsd").solution[1].item()
+    a, b = torch.linalg.lstsq(x, (label.double() - 0.5)[:, None], rcond=1e-4, driver="gelsd").solution[:, 0].tolist()
+    return -b / a if a > 0.1 and (difference != 0).any() else None
 
 
 def length_effect(opinion, difference):
@@ -78,13 +100,10 @@ def length_effect(opinion, difference):
 
 def triples(table):
     """(K, K) P(i beats j), NaN where nobody judged -> (triples whose three pairs are judged, those that go in a circle)."""
-    full = circles = 0
-    for i, j, k in itertools.combinations(range(len(table)), 3):
-        around = torch.stack([table[i, j], table[j, k], table[k, i]])
-        if not around.isnan().any():
-            full += 1
-            circles += bool((around > 0.5).all() or (around < 0.5).all())
-    return full, circles
+    wins = (table > 0.5).double()
+    known = (~table.isnan()).double().fill_diagonal_(0)
+    full = round(torch.trace(known @ known @ known).item()) // 6  # each triple in six directed ways around
+    return full, round(torch.trace(wins @ wins @ wins).item()) // 3  # each circle from three starts
 
 
 def decompose(table):
@@ -117,7 +136,9 @@ def label_tables(pairs, label):
     """One (K, K) table of labels for each prompt; responses are told apart by their model's name, else by their text."""
     votes = defaultdict(lambda: defaultdict(list))
     for pair, value in zip(pairs, label):
-        first, second = (pair.get(f"{side}_model", pair[side]) for side in ("chosen", "rejected"))
+        first, second = (pair.get(f"{side}_model") for side in ("chosen", "rejected"))
+        if first is None or second is None or first == second:  # no names that tell the two apart
+            first, second = pair["chosen"], pair["rejected"]
         votes[pair["prompt"]][first, second].append(value)
         votes[pair["prompt"]][second, first].append(1 - value)
     tables = []
@@ -140,23 +161,25 @@ def response_sets(pairs):
 
 
 @torch.no_grad()
-def report(judge, pairs, together=32):
-    """Every number of the judge on labelled pairs (as data.read_pairs gives them)."""
+def report(judge, pairs, name="", together=32, seed=0):
+    """Every number of the judge on labelled pairs (as data.read_pairs gives them); sides are drawn at random."""
     label = torch.tensor([pair["probability"] for pair in pairs], dtype=torch.float64)
-    tables, logits, spread = [], [], []
+    turned = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < 0.5
+    sides = [[pair["chosen"], pair["rejected"]][:: -1 if turn else 1] for pair, turn in zip(pairs, turned)]
+    tables, inconsistency, spread = [], [], []
     for start in tqdm(range(0, len(pairs), together), desc="pairs", unit="batch", leave=False):
-        chunk = pairs[start : start + together]
-        batch = [pair["prompt"] for pair in chunk], [[pair["chosen"], pair["rejected"]] for pair in chunk]
-        if hasattr(judge, "logits_many"):  # a cross-encoder: its preference is the mean of both orders
-            logits.append(judge.logits_many(*batch))
-            tables.append(torch.sigmoid((logits[-1] - logits[-1].mT) / 2))
-        else:
-            tables.append(judge.preferences_many(*batch))
+        batch = [pair["prompt"] for pair in pairs[start : start + together]], sides[start : start + together]
+        tables.append(checked_tables(judge, *batch, name))
+        if hasattr(judge, "logits_many"):  # a cross-encoder: both orders
+            logits = judge.logits_many(*batch)
+            inconsistency.append((logits + logits.mT)[:, 0, 1].abs())
         if hasattr(judge, "disagreement"):  # an ensemble
             spread.append(judge.disagreement(*batch)[:, 0, 1])
     preference = torch.cat(tables)[:, 0, 1].double()
+    preference = torch.where(turned, 1 - preference, preference)  # of the chosen one
     difference = torch.tensor([len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs], dtype=torch.float64)
-    sets = [judge.preferences(*row) for row in tqdm(response_sets(pairs), desc="all responses of a prompt", leave=False)]
+    sets = response_sets(pairs)
+    sets = [checked_tables(judge, [p], [row], name)[0] for p, row in tqdm(sets, desc="all responses of a prompt", leave=False)]
     result = agreement(preference, label) | calibration(preference, label)
     result["longer_rate"], result["longer_rate_of_labels"] = longer_rate(preference, difference), longer_rate(label, difference)
     result["length_surplus"] = length_surplus(preference, label, difference)
@@ -166,9 +189,8 @@ def report(judge, pairs, together=32):
     result["labels"].pop("cyclic_share")  # labels of 0 and 1 have no logit
     if votes := voters(pairs):
         result["annotators"] = [circles_of(label_tables(pairs, vote))["intransitive_triples"] for vote in votes]
-    if logits:
-        both = torch.cat(logits)
-        result["order_inconsistency"] = (both[:, 0, 1] + both[:, 1, 0]).abs().mean().item()
+    if inconsistency:
+        result["order_inconsistency"] = torch.cat(inconsistency).mean().item()
     if spread:
         result["ensemble_disagreement"] = torch.cat(spread).mean().item()
     by_length = sorted(zip((difference.sign() * (preference - 0.5)).tolist(), difference.abs().tolist()), key=lambda row: row[1])
@@ -202,7 +224,7 @@ def print_report(result):
         line(f"{name}: intransitive of {row['triples']} triples", row["intransitive_triples"], "d")
     for number, count in enumerate(result.get("annotators", ()), 1):
         line(f"annotator {number}: intransitive triples", count, "d")
-    line("cyclic share of its logits' squares, rest is scalar", result["judge"]["cyclic_share"])
+    line("share of its logits' squares that no scores explain", result["judge"]["cyclic_share"])
     if "order_inconsistency" in result:
         line("order inconsistency, mean |L_ij + L_ji|", result["order_inconsistency"])
     if "ensemble_disagreement" in result:

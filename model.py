@@ -23,6 +23,7 @@ from generate import KVCache, generate, prefill  # noqa: F401  what a policy can
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5 * 10**9
+BLOCK_BYTES = 2**24  # of a tensor, read at a time
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -324,7 +325,7 @@ def open_weights(path):
 def load_weights(module, folder, prefix="", unused=()):
     """Copy the folder's tensors into the module's parameters by name (behind `prefix`), casting to their dtype.
 
-    Each tensor is mapped, copied and let go, so the peak is one copy of the weights and one tensor. Names that
+    Each tensor is mapped, copied and let go in blocks, so the peak is one copy of the weights and a few blocks. Names that
     begin with one of `unused` may be there; old checkpoints' tables of positions and a tied lm_head always may.
     """
     parameters, files = {prefix + name: p for name, p in module.named_parameters()}, weight_files(folder)
@@ -338,11 +339,13 @@ def load_weights(module, folder, prefix="", unused=()):
         with open_weights(files[name]) as file:
             if name not in file.keys():
                 raise ValueError(f"{files[name]}: tensor {name} is missing, but the index places it here")
-            tensor = file.get_tensor(name)
-            if tensor.shape != parameter.shape:
-                raise ValueError(f"{files[name]}: tensor {name} is {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
-            parameter.copy_(tensor)
-            del tensor  # the mapping goes with it
+            shape = tuple(file.get_slice(name).get_shape())
+        if shape != tuple(parameter.shape):
+            raise ValueError(f"{files[name]}: tensor {name} is {shape}, expected {tuple(parameter.shape)}")
+        rows = max(1, BLOCK_BYTES * len(parameter) // parameter.nbytes)
+        for start in range(0, len(parameter), rows):
+            with open_weights(files[name]) as file:  # and with it goes what it has mapped
+                parameter[start : start + rows].copy_(file.get_slice(name)[start : start + rows])
 
 
 def save_checkpoint(module, folder, extra=None, shard_bytes=SHARD_BYTES):

@@ -172,7 +172,10 @@ class PairRM(nn.Module):
         """[CLS] marker text [SEP], cut at the end of the text to `limit` ids. Markers and [SEP] in the text become spaces."""
         for name in ("[SEP]", "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"):
             text = text.replace(name, " ")
-        ids = [self.tokenizer.bos, marker] + self.tokenizer.encode(text)
+        config, special = self.config, (self.tokenizer.bos, self.tokenizer.eos)
+        special += (config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id)
+        words = [word for word in self.tokenizer.encode(text) if word not in special]  # in full-width letters, say
+        ids = [self.tokenizer.bos, marker] + words
         return ids[: limit - 1] + [self.tokenizer.eos]
 
     def pair_ids(self, prompt, first, second):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import judge_report
 from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_figure, write_json, write_lines
 from human import Human as human  # noqa: F401  --judge prefmodel:human
+from judge_report import checked_tables
 from model import DTYPES, Decoder, ModelConfig, check_device, initialize, load_pretrained, load_weights, save_checkpoint
 from pairrm import PairRM
 
@@ -60,6 +61,8 @@ class Ensemble:
     """
 
     def __init__(self, judges, weights=None, device=None):
+        if isinstance(judges, str) or not all(isinstance(j, str) or hasattr(j, "preferences_many") for j in judges):
+            raise ValueError(f"ensemble: judges are {judges!r}, expected a list of checkpoint folders and module:function")
         self.judges = [load_judge(judge, device) if isinstance(judge, str) else judge for judge in judges]
         weights = [1.0] * len(self.judges) if weights is None else weights
         if len(weights) != len(self.judges) or not all(weight >= 0 for weight in weights) or not sum(weights) > 0:
@@ -68,7 +71,7 @@ class Ensemble:
 
     def members_many(self, prompts, responses):
         """(M, N, K, K): each judge's own tables."""
-        return torch.stack([judge.preferences_many(prompts, responses) for judge in self.judges])
+        return torch.stack([checked_tables(judge, prompts, responses, "of the ensemble") for judge in self.judges])
 
     def preferences_many(self, prompts, responses):
         return torch.einsum("m,mnij->nij", self.weights, self.members_many(prompts, responses))
@@ -78,7 +81,8 @@ class Ensemble:
 
     def disagreement(self, prompts, responses):
         """(N, K, K) standard deviation of the judges' probabilities, weighted as they are: 0 where all say the same."""
-        members, mean = self.members_many(prompts, responses), self.preferences_many(prompts, responses)
+        members = self.members_many(prompts, responses)
+        mean = torch.einsum("m,mnij->nij", self.weights, members)
         return torch.einsum("m,mnij->nij", self.weights, (members - mean) ** 2).sqrt()
 
 
@@ -96,7 +100,7 @@ class Transitive:
         if hasattr(self.judge, "logits_many"):
             logits = self.judge.logits_many(prompts, responses)
         else:
-            logits = torch.logit(self.judge.preferences_many(prompts, responses), eps=1e-7)
+            logits = torch.logit(checked_tables(self.judge, prompts, responses, "to be made transitive"), eps=1e-7)
         return transitive(logits)
 
     def preferences(self, prompt, responses):
@@ -224,7 +228,9 @@ def train_preference_model(judge, pairs, epochs, lr, batch, generator, progress=
             loss.backward()
             for group in optimizer.param_groups:
                 group["lr"] = lr * min((len(steps) + 1) / (0.1 * total), 1 - len(steps) / total)
-            torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                raise ValueError(f"step {len(steps) + 1}: the gradient norm is {norm.item()}; lower --lr")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps.append({"step": len(steps) + 1, "epoch": epoch, "loss": loss.item(), "accuracy": accuracy})
@@ -267,6 +273,8 @@ def split_pairs(pairs, share, generator):
     """(training pairs, held-out pairs): about `share` of the prompts, with all their pairs, are held out."""
     prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
     order = torch.randperm(len(prompts), generator=generator).tolist()
+    if not 0 <= share < 1:
+        raise ValueError(f"--held-out is {share}, expected a share from 0 to 1")
     apart = {prompts[i] for i in order[: round(share * len(prompts))]}
     parts = [[pair for pair in pairs if (pair["prompt"] in apart) == held] for held in (False, True)]
     if not all(parts[: 1 + (share > 0)]):
@@ -295,7 +303,7 @@ def load_judge(spec, device=None, dtype=None):
     sys.path.insert(0, "")  # a user's module stands in the folder that the command is called from
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, SyntaxError) as error:
         raise ValueError(f"judge {spec}: {error}") from None
     finally:
         sys.path.remove("")
@@ -321,6 +329,8 @@ def load_judge(spec, device=None, dtype=None):
 def train(args):
     check_device(args.device)
     vacant(args.out)  # before hours of training, not after
+    if args.patience and not args.held_out:
+        raise ValueError("--patience needs --held-out: there is nothing to be patient about")
     pairs, generator = read_pairs(args.pairs), torch.Generator().manual_seed(args.seed)
     pairs, held_out = split_pairs(pairs, args.held_out, generator)
     head = {"scalar": args.scalar, "cyclic": args.cyclic, "template": args.template}
@@ -358,8 +368,10 @@ def learning_curves(steps, batch):
 
 
 def report(args):
+    if Path(args.out).is_file():
+        raise ValueError(f"--out {args.out}: is a file, expected a folder for report.json and report.png")
     judge, pairs = load_judge(args.judge, args.device), read_pairs(args.pairs)
-    result = judge_report.report(judge, pairs)
+    result = judge_report.report(judge, pairs, args.judge)
     write_json(Path(args.out) / "report.json", {"judge_spec": args.judge, "pairs_file": args.pairs} | result)
     write_figure(Path(args.out) / "report.png", judge_report.draw(result))
     judge_report.print_report(result)
@@ -407,6 +419,9 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"prefmodel.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prefmodel.py: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -47,6 +47,11 @@ def _refuse(wrong, value, message):
         raise ValueError(f"preferences{which}: P({i} beats {j}) " + message.format(value[(*prompt, i, j)].item()))
 
 
+def centred(win_rate):
+    """(N, K) moved by a constant a prompt so that their mean is ½."""
+    return win_rate - win_rate.mean(-1, keepdim=True) + 0.5
+
+
 def best_and_worst(win_rate):
     """(N, K) -> indices (N,), (N,) of the winner and the loser: what the paper's experiments train on (§5.1)."""
     return win_rate.argmax(-1), win_rate.argmin(-1)
@@ -189,17 +194,20 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
     selected = [[row[k] for k in ks] for row, ks in zip(responses, chosen.tolist())]
     logp = memo("logps", lambda: score(game, prompts, selected, config))  # (N, S): log π_t(y|x)
 
-    # What log π_θ/π_t should become.
+    # What log π_θ/π_t should become. With opponents from elsewhere the K win rates need not average to ½, as the constant
+    # in the target supposes; what is the same for all K belongs to log Z.
+    opponents = preference.shape[1] > win_rate.shape[1]
+    rate = centred(win_rate) if opponents else win_rate
     if config.target == "sppo":
-        target = sppo_target(win_rate, config.eta).gather(1, chosen)  # (N, S)
+        target = sppo_target(rate, config.eta).gather(1, chosen)  # (N, S)
     elif config.target == "normalized":
-        target = normalized_target(win_rate, config.eta).gather(1, chosen)
+        target = normalized_target(rate, config.eta).gather(1, chosen)
     elif config.target == "optimistic":
         previous = memo("previous", lambda: game.previous(prompts, responses, win_rate))  # (N, K)
-        target = optimistic_target(win_rate, previous, config.eta).gather(1, chosen)
+        target = optimistic_target(rate, centred(previous) if opponents else previous, config.eta).gather(1, chosen)
     else:
         log_ratio = logp - memo("reference", lambda: game.reference(prompts, selected))  # (N, S): log π_t/μ
-        target = regularized_target(win_rate.gather(1, chosen), log_ratio, config.eta, config.tau)
+        target = regularized_target(rate.gather(1, chosen), log_ratio, config.eta, config.tau)
 
     # Line 6: minimise eq. 4.7.
     steps = memo("policy", lambda: fit(game, prompts, selected, logp, target, config, generator, log, saver))

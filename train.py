@@ -26,9 +26,10 @@ from matplotlib.figure import Figure
 import plan
 from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_prompts
 from data import append_line, remove, write_figure, write_json, write_lines
+from judge_report import checked_tables
 from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
-from sppo import PAIR_LOSSES, TARGETS, RoundConfig, chunked_logps, score, sequence_logps, sppo_round, win_rates
+from sppo import PAIR_LOSSES, TARGETS, RoundConfig, chunked_logps, score, sequence_logps, sppo_round
 from stages import Saver, Stages, peak_memory, policy_folder, read_responses, round_folder
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -172,18 +173,9 @@ class TextGame:
             some = prompts[start : start + JUDGED_TOGETHER]
             outside = [self.opponents.get(prompt.text, []) for prompt in some]
             texts = [self.texts(prompt, row) + others for prompt, row, others in zip(some, responses[start:], outside)]
-            table = self.judge_model.preferences_many([prompt.text for prompt in some], texts)
-            table = torch.as_tensor(table, dtype=torch.float32).detach().cpu()
-            N, K = len(texts), len(texts[0])
-            if table.shape != (N, K, K):
-                raise ValueError(f"judge {self.config.judge}: expected preferences ({N}, {K}, {K}), found {tuple(table.shape)}")
-            for prompt, one in zip(some, table):
-                try:
-                    win_rates(one)
-                except ValueError as error:
-                    raise ValueError(f"judge {self.config.judge}, prompt {prompt.text[:40]!r}: {error}") from None
+            table = checked_tables(self.judge_model, [prompt.text for prompt in some], texts, self.config.judge)
             tables.append(table)
-            self.progress.update(N)
+            self.progress.update(len(table))
         return torch.cat(tables)
 
     def texts(self, prompt, responses):
@@ -255,7 +247,8 @@ def claim(config):
         return write_json(path, settings)
     old = read_json(path)
     for name in settings | old:
-        if name not in FREE and settings.get(name) != old.get(name):
+        old.setdefault(name, getattr(TrainConfig, name, None))  # the run may be older than the setting
+        if name not in FREE and settings.get(name) != old[name]:
             raise ValueError(
                 f"{path}: this run was started with --{name.replace('_', '-')} {old.get(name)}, now it is {settings.get(name)}; "
                 "give the same settings to continue it, or another --out"
@@ -320,7 +313,7 @@ def run(config):
 
 
 def summary(number, result, stop_token):
-    """One line a round. Win rates are against the round's own samples, so their mean is ½; their spread is the news."""
+    """One line a round. Without --opponents win rates are against the own samples: their mean is ½, their spread is the news."""
     lengths = [len(response) for row in result["responses"] for response in row]
     stopped = [response[-1] == stop_token for row in result["responses"] for response in row]
     return {

@@ -1,6 +1,7 @@
 """Claims about evaluate.py: what a run folder stands for, win rates by hand, one checkpoint for the average, bad input."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -121,7 +122,7 @@ def test_best_of_n_is_what_the_judge_likes_best(world, tmp_path):
     one = ["--policy", tmp_path / "best.json", "--against", world / "policy", "--prompts", world / "prompts.jsonl"]
     assert call("winrate", *one, *judged, "--samples", 50, "--out", out, *PLAIN) == 0
     result = json.loads(out.read_text())
-    assert result["win_rate"] > 0.7 and result["interval_95"][0] <= result["win_rate"] <= result["interval_95"][1]
+    assert result["win_rate"] > 0.6 and result["interval_95"][0] <= result["win_rate"] <= result["interval_95"][1]
 
 
 # ------------------------------------------------------------------------------------------------ win rate
@@ -176,6 +177,45 @@ def test_win_matrix_is_skew_symmetric_and_its_average_is_the_mean_of_the_rounds(
     assert json.loads((tmp_path / "e.json").read_text())["policies"] == ["base", "round 2", "average"]
 
 
+def test_win_matrix_counts_every_pair_of_rounds_in_which_the_later_one_loses(world, tmp_path, monkeypatch):
+    """Policies that say only their own number; to the judge the smaller one is better, so every later round loses."""
+    for number in range(1, 4):
+        shutil.copytree(world / "policy", tmp_path / f"run/round-0{number}/policy")
+    (tmp_path / "run/config.json").write_text(json.dumps({"policy": str(world / "policy")}))
+    monkeypatch.setattr(Sampler, "sample", lambda self, index, prompts, samples, *_: [[[index]] * samples for _ in prompts])
+    monkeypatch.setattr(Sampler, "texts", lambda self, prompts, rows: [["abcd"[ids[0]] for ids in row] for row in rows])
+    flags = ["--prompts", world / "prompts.jsonl", "--judge", "test_evaluate:by_first_letter", *PLAIN]
+    assert call("winrate", "--policy", tmp_path / "run", "--out", tmp_path / "m.json", *flags) == 0
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert (result["later_loses_to_earlier"], result["pairs_of_rounds"]) == (3, 3)  # the base, which beats all, apart
+    assert result["win_rate"][1][:4] == [0.25, 0.5, 0.75, 0.75]
+
+
+def test_two_policies_sampled_with_one_seed_are_independent(world, tmp_path):
+    """The same weights under two names: with common random numbers every response would be the same."""
+    shutil.copytree(world / "policy", tmp_path / "copy")
+    rows = [{"prompt": prompt} for prompt in SUMS]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, policy in (("a", world / "policy"), ("b", tmp_path / "copy")):
+        flags = ["--prompts", tmp_path / "all.jsonl", "--out", tmp_path / f"{name}.json", *PLAIN]
+        assert call("outputs", "--policy", policy, *flags) == 0
+    a, b = ([row["output"] for row in json.loads((tmp_path / f"{name}.json").read_text())] for name in "ab")
+    assert sum(x == y for x, y in zip(a, b)) < 60
+
+
+def test_a_judge_of_places_finds_a_file_equal_to_itself(world, tmp_path):
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in SUMS))
+    (tmp_path / "o.json").write_text(json.dumps([{"instruction": prompt, "output": "7."} for prompt in SUMS]))
+    flags = ["--prompts", tmp_path / "all.jsonl", "--judge", "test_evaluate:by_place", "--out", tmp_path / "r.json"]
+    assert call("winrate", "--policy", tmp_path / "o.json", "--against", tmp_path / "o.json", *flags) == 0
+    assert 0.35 < json.loads((tmp_path / "r.json").read_text())["win_rate"] < 0.65
+
+
+def by_place(prompt, responses):
+    place = torch.arange(len(responses))
+    return 0.5 + 0.4 * torch.sign(place - place[:, None])
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -210,7 +250,13 @@ def test_other_mistakes_are_one_sentence(world, played, tmp_path, capsys):
         ("winrate", "--policy", world / "policy", *prompts, *oracle): "--against is missing",
         ("winrate", "--policy", tmp_path, "--against", played, *prompts, *oracle): "neither a checkpoint (config.json) nor a run",
         ("outputs", "--policy", played, *prompts, "--best-of", 4, "--out", tmp_path / "o"): "--best-of needs a --judge",
-        ("outputs", "--policy", played, *prompts, "--samples", 0, "--out", tmp_path / "o"): "--samples is 0, expected at least 1",
+        ("outputs", "--policy", played, *prompts, "--best-of", 0, "--out", tmp_path / "o"): "--best-of is 0, expected at least 1",
+        ("outputs", "--policy", played, *prompts, "--out", tmp_path): "expected the name of a JSON file",
+        ("winrate", "--policy", played, *prompts, *oracle, "--every", 9, *PLAIN): "--every is 9, but the run has 3 rounds",
+        ("winrate", "--policy", played, *prompts, *oracle, "--out", tmp_path / "m.png"): "expected the name of a JSON file",
+        ("winrate", "--policy", played, *prompts, *oracle, "--temperature", -1): "--temperature is -1.0, expected from 0",
+        ("winrate", "--policy", played, *prompts, *oracle, "--top-p", "nan"): "--top-p is nan, expected from",
+        ("winrate", "--policy", played, *prompts, "--judge", ".nowhere:rule"): "judge .nowhere:rule",
         ("outputs", "--policy", played, *prompts, "--out", tmp_path / "o", "--template", "plain"): "more than the context",
         ("average", played, "--out", tmp_path / "there"): "exists already",
         ("average", tmp_path, "--out", tmp_path / "new"): "neither a checkpoint",

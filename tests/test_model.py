@@ -1,12 +1,15 @@
 """Claims about model.py. The reference values are transformers' (see ../shared/data/README.md), or transformers itself."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
 
 from data import Tokenizer
@@ -331,3 +334,29 @@ def test_cache_rows_keep_their_own_lengths(tiny_model):
     together = tiny_model.head(tiny_model.model(token, cache))[:, -1]
     for row, prompt in enumerate(prompts):
         assert torch.allclose(together[row], tiny_model(torch.tensor([[*prompt, 9]]))[0, -1], atol=1e-5)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("dtype, share", [("float32", 1.15), ("bfloat16", 0.65)])
+def test_loading_peaks_at_little_more_than_the_weights(tmp_path, dtype, share):
+    """A 540 MB checkpoint, a quarter of it one tensor; the peak is that of resident memory, mapped pages included."""
+    config = tiny_config(vocab_size=32_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=5, head_dim=64)
+    Transformer(config).save_pretrained(tmp_path / "big")
+    Transformer(tiny_config()).save_pretrained(tmp_path / "small")
+    script = """
+import re, sys
+import torch
+from model import Transformer
+def status(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+Transformer.from_pretrained(sys.argv[1] + "/small", sys.argv[2])  # whatever is loaded with the first model
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+before = status("VmRSS")
+model = Transformer.from_pretrained(sys.argv[1] + "/big", sys.argv[2])
+print(status("VmHWM") - before)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path), dtype]
+    peak = int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    size = (tmp_path / "big/model.safetensors").stat().st_size
+    assert size > 5e8 and peak < share * size
+    shutil.rmtree(tmp_path / "big")
