@@ -219,34 +219,36 @@ def train_preference_model(judge, pairs, epochs, lr, batch, generator, progress=
     rises over the first tenth of the steps and then falls linearly to 0. With `held_out` pairs there is one more dictionary an
     epoch, the judge ends with the weights of its best epoch on them, and stops `patience` epochs behind it.
     """
-    steps, total, best = [], epochs * -(-len(pairs) // batch), None
+    rows, total, best, step, seen = [], epochs * -(-len(pairs) // batch), None, 0, 0
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
     for epoch in range(1, epochs + 1):
         for indices in torch.randperm(len(pairs), generator=generator).split(batch):
             chunk = [pairs[i] for i in indices.tolist()]
             loss, accuracy = judge_pairs(judge, chunk)
             loss.backward()
+            now = lr * min((step + 1) / (0.1 * total), 1 - step / total)
             for group in optimizer.param_groups:
-                group["lr"] = lr * min((len(steps) + 1) / (0.1 * total), 1 - len(steps) / total)
+                group["lr"] = now
             norm = torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
             if not torch.isfinite(norm):
-                raise ValueError(f"step {len(steps) + 1}: the gradient norm is {norm.item()}; lower --lr")
+                raise ValueError(f"step {step + 1}: the gradient norm is {norm.item()}; lower --lr")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            steps.append({"step": len(steps) + 1, "epoch": epoch, "loss": loss.item(), "accuracy": accuracy})
+            step, seen = step + 1, seen + len(chunk)
+            rows.append({"step": step, "epoch": epoch, "pairs_seen": seen, "loss": loss.item(), "accuracy": accuracy, "lr": now})
             if progress is not None:
                 progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 progress.update(len(chunk))
         if held_out:
-            row = {"epoch": epoch, "pairs_seen": epoch * len(pairs)} | evaluate_pairs(judge, held_out, batch)
-            steps.append(row)
+            row = {"epoch": epoch, "pairs_seen": seen} | evaluate_pairs(judge, held_out, batch)
+            rows.append(row)
             if best is None or row["held_out_loss"] < best["held_out_loss"]:
                 best, weights = row, {name: value.detach().clone() for name, value in judge.state_dict().items()}
             if patience is not None and epoch - best["epoch"] >= patience:
                 break
     if held_out:
         judge.load_state_dict(weights)
-    return steps
+    return rows
 
 
 def judge_pairs(judge, pairs):
@@ -341,7 +343,7 @@ def train(args):
         )  # fmt: skip
     judge.save_pretrained(args.out)
     write_lines(Path(args.out) / "metrics.jsonl", steps)
-    write_figure(Path(args.out) / "learning.png", learning_curves(steps, args.batch))
+    write_figure(Path(args.out) / "learning.png", learning_curves(steps))
     losses = [row["loss"] for row in steps if "loss" in row]
     last = losses[-max(1, len(losses) // 10) :]
     print(f"{args.out}: {len(pairs)} pairs, loss of the last tenth {sum(last) / len(last):.4f}")
@@ -351,16 +353,15 @@ def train(args):
         print(f"{len(held_out)} held-out pairs: loss {best['held_out_loss']:.4f}, accuracy {accuracy}, of epoch {best['epoch']}")
 
 
-def learning_curves(steps, batch):
+def learning_curves(steps):
     """Loss against pairs seen: of each training batch, and on the held-out pairs behind each epoch."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
     training, held_out = ([row for row in steps if key in row] for key in ("loss", "held_out_loss"))
-    seen, loss = [row["step"] * batch for row in training], [row["loss"] for row in training]
-    axes.plot(seen, loss, color="#56B4E9", label="training batch")
-    if held_out:
-        seen, loss = ([row[key] for row in held_out] for key in ("pairs_seen", "held_out_loss"))
-        axes.plot(seen, loss, "o-", color="#D55E00", label="held-out pairs")
+    for rows, key, look, name in ((training, "loss", "-", "training batch"), (held_out, "held_out_loss", "o-", "held-out pairs")):
+        if rows:
+            colour = {"-": "#56B4E9", "o-": "#D55E00"}[look]
+            axes.plot([row["pairs_seen"] for row in rows], [row[key] for row in rows], look, color=colour, label=name)
     axes.axhline(0.6931, color="#777777", linewidth=0.8, linestyle="--", label="a coin")
     axes.set(xlabel="pairs seen", ylabel="cross-entropy (nats a pair)", title="Training of the judge", ylim=(0, None))
     axes.legend(frameon=False)

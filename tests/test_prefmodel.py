@@ -274,8 +274,17 @@ def test_the_judge_ends_with_its_best_epoch_and_stops_behind_it(backbone):
     epochs = [row for row in steps if "held_out_loss" in row]
     best = min(epochs, key=lambda row: row["held_out_loss"])
     assert len(epochs) == best["epoch"] + 2 < 10
+    assert [row["step"] for row in steps if "step" in row] == list(range(1, 4 * len(epochs) + 1))
     again = prefmodel.evaluate_pairs(judge, opposite, 16)
     assert again["held_out_loss"] == pytest.approx(best["held_out_loss"], abs=1e-6)
+
+
+def test_the_learning_rate_rises_and_falls_over_the_training_steps_alone(backbone):
+    """Held-out rows between the steps do not count: 30 steps, a tenth of them rising, the last one a thirtieth of the peak."""
+    pairs = noisy_pairs(24, 2)
+    steps = train_preference_model(make(backbone), pairs, 10, 1e-3, 8, torch.Generator().manual_seed(0), held_out=pairs)
+    lr = [row["lr"] for row in steps if "lr" in row]
+    assert len(lr) == 30 and lr[:3] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3 * 28 / 30]) and lr[-1] == pytest.approx(1e-3 / 30)
 
 
 def test_a_judge_can_be_trained_in_bfloat16(backbone, tmp_path):
