@@ -105,6 +105,18 @@ class Prompt:
     ids: list
 
 
+def prepare_prompts(prompts, tokenizer, template, max_new_tokens, path, context, whose):
+    """Prompts of a file in both forms. ValueError names one that leaves no room for max_new_tokens in the context."""
+    ready = [Prompt(prompt_text(prompt), tokenizer.prompt_ids(prompt, template)) for prompt in prompts]
+    for prompt in ready:
+        if len(prompt.ids) + max_new_tokens > context:
+            raise ValueError(
+                f"{path}: prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with "
+                f"--max-new-tokens {max_new_tokens} is more than the {whose} {context}"
+            )
+    return ready
+
+
 def merge_neighbours(messages):
     """[(role, content)] with consecutive messages of one role joined by a blank line, as mistral-common does."""
     merged = []

@@ -22,13 +22,15 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_prompts, vacant
-from data import whole, write_figure, write_json
+from command import exit_code
+from data import TEMPLATES, Tokenizer, outputs_for, pad_responses, prepare_prompts, prompt_text, read_json, read_prompts
+from data import vacant, whole, write_figure, write_json
 from judge_report import checked_tables
 from length_controlled import GAMED, lc, length_controlled_from_weights, length_controlled_win_rate  # noqa: F401
 from model import DTYPES, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
 from sppo import sequence_logps, win_rates
+from stages import round_policies
 from train import RANGES
 
 JUDGED_TOGETHER = 16  # prompts
@@ -38,8 +40,7 @@ JUDGED_TOGETHER = 16  # prompts
 
 def checkpoints(folder):
     """The checkpoint folders of a policy: the rounds' policies of a run in their order, or the one folder itself."""
-    folder = Path(folder)
-    rounds = sorted(folder.glob("round-[0-9]*/policy"), key=lambda path: int(path.parent.name.removeprefix("round-")))
+    folder, rounds = Path(folder), round_policies(folder)
     if not rounds and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: neither a checkpoint (config.json) nor a run (round-01/policy)")
     return rounds or [folder]
@@ -55,15 +56,9 @@ class Sampler:
         self.tokenizer.check_vocabulary(self.policy.config.vocab_size)
 
     def prompts(self, texts):
-        prompts = [Prompt(prompt_text(text), self.tokenizer.prompt_ids(text, self.args.template)) for text in texts]
-        context = self.policy.config.max_position_embeddings
-        for prompt in prompts:
-            if len(prompt.ids) + self.args.max_new_tokens > context:
-                raise ValueError(
-                    f"{self.args.prompts}: prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with "
-                    f"--max-new-tokens {self.args.max_new_tokens} is more than the context of {self.folders[0]}, {context}"
-                )
-        return prompts
+        args, context = self.args, self.policy.config.max_position_embeddings
+        room = (args.max_new_tokens, args.prompts, context, f"context of {self.folders[0]},")
+        return prepare_prompts(texts, self.tokenizer, args.template, *room)
 
     def mixture(self, prompts, samples, generator):
         """N lists of `samples` responses as token ids; each is of a checkpoint drawn at random."""
@@ -322,7 +317,7 @@ def add_sampling(command, samples=None):
     command.add_argument("--dtype", choices=DTYPES, help="of the policy's weights [as in its checkpoint]")
 
 
-def main(arguments=None):
+def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -365,27 +360,31 @@ def main(arguments=None):
     command.add_argument("--gamed", help=f"JSON object with the lists {', '.join(GAMED)}")
     command.add_argument("--c", type=float, help="inverse strength of the L1 penalty [chosen by cross-validation]")
     command.add_argument("--out", help="JSON file for all numbers")
+    return parser
 
-    args = parser.parse_args(arguments)
-    try:
-        for name in ("samples", "best_of", "every", "epochs", "batch", "max_new_tokens", "pool"):
-            if getattr(args, name, 1) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-        for name in ("temperature", "top_p"):
-            low, high = RANGES[name]
-            if not low <= getattr(args, name, 1) <= high:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected from {low} to {high}")
-        if args.command in ("outputs", "winrate") and args.out and (Path(args.out).is_dir() or Path(args.out).suffix == ".png"):
-            raise ValueError(f"--out {args.out}: expected the name of a JSON file")
-        check_device(getattr(args, "device", "cpu"))
+
+def check(args):
+    """Flags that are out of range, refused before anything is loaded."""
+    for name in ("samples", "best_of", "every", "epochs", "batch", "max_new_tokens", "pool"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    for name in ("temperature", "top_p"):
+        low, high = RANGES[name]
+        if not low <= getattr(args, name, 1) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected from {low} to {high}")
+    if args.command in ("outputs", "winrate") and args.out and (Path(args.out).is_dir() or Path(args.out).suffix == ".png"):
+        raise ValueError(f"--out {args.out}: expected the name of a JSON file")
+    check_device(getattr(args, "device", "cpu"))
+
+
+def main(arguments=None):
+    args = command_line().parse_args(arguments)
+
+    def work():
+        check(args)
         args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("evaluate.py", work)
 
 
 if __name__ == "__main__":

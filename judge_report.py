@@ -17,10 +17,13 @@ from sppo import win_rates
 BINS = 10  # of confidence, from ½ to 1
 
 
-
 def checked_tables(judge, prompts, responses, name):
     """The judge's tables, (N, K, K) float32 on the CPU. ValueError names the judge, and a prompt whose table is none."""
-    tables, (N, K) = judge.preferences_many(prompts, responses), (len(prompts), len(responses[0]))
+    return checked(judge.preferences_many(prompts, responses), prompts, len(responses[0]), name)
+
+
+def checked(tables, prompts, K, name):
+    N = len(prompts)
     try:
         tables = torch.as_tensor(tables, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -169,12 +172,16 @@ def report(judge, pairs, name="", together=32, seed=0):
     tables, inconsistency, spread = [], [], []
     for start in tqdm(range(0, len(pairs), together), desc="pairs", unit="batch", leave=False):
         batch = [pair["prompt"] for pair in pairs[start : start + together]], sides[start : start + together]
-        tables.append(checked_tables(judge, *batch, name))
-        if hasattr(judge, "logits_many"):  # a cross-encoder: both orders
+        if hasattr(judge, "both_orders"):  # a cross-encoder
             logits = judge.logits_many(*batch)
+            table = judge.both_orders(logits)
             inconsistency.append((logits + logits.mT)[:, 0, 1].abs())
-        if hasattr(judge, "disagreement"):  # an ensemble
-            spread.append(judge.disagreement(*batch)[:, 0, 1])
+        elif hasattr(judge, "mean_and_disagreement"):  # an ensemble
+            table, deviation = judge.mean_and_disagreement(*batch)
+            spread.append(deviation[:, 0, 1])
+        else:
+            table = judge.preferences_many(*batch)
+        tables.append(checked(table, batch[0], 2, name))
     preference = torch.cat(tables)[:, 0, 1].double()
     preference = torch.where(turned, 1 - preference, preference)  # of the chosen one
     difference = torch.tensor([len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs], dtype=torch.float64)

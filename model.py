@@ -336,16 +336,21 @@ def load_weights(module, folder, prefix="", unused=()):
         if not name.startswith((*unused, *tied)) and not name.endswith(("rotary_emb.inv_freq", "position_ids")):
             raise ValueError(f"{files[name]}: unexpected tensor {name}, which this architecture does not have")
     for name, parameter in parameters.items():
-        with open_weights(files[name]) as file:
-            if name not in file.keys():
-                raise ValueError(f"{files[name]}: tensor {name} is missing, but the index places it here")
-            shape = tuple(file.get_slice(name).get_shape())
-        if shape != tuple(parameter.shape):
-            raise ValueError(f"{files[name]}: tensor {name} is {shape}, expected {tuple(parameter.shape)}")
         rows = max(1, BLOCK_BYTES * len(parameter) // parameter.nbytes)
         for start in range(0, len(parameter), rows):
             with open_weights(files[name]) as file:  # and with it goes what it has mapped
-                parameter[start : start + rows].copy_(file.get_slice(name)[start : start + rows])
+                tensor = find_tensor(file, files[name], name, tuple(parameter.shape))
+                parameter[start : start + rows].copy_(tensor[start : start + rows])
+
+
+def find_tensor(file, path, name, shape):
+    """A tensor of an open file, not read yet. ValueError if it is not there, or has another shape."""
+    if name not in file.keys():
+        raise ValueError(f"{path}: tensor {name} is missing, but the index places it here")
+    tensor = file.get_slice(name)
+    if (found := tuple(tensor.get_shape())) != shape:
+        raise ValueError(f"{path}: tensor {name} is {found}, expected {shape}")
+    return tensor
 
 
 def save_checkpoint(module, folder, extra=None, shard_bytes=SHARD_BYTES):

@@ -206,7 +206,11 @@ class PairRM(nn.Module):
         return logits
 
     def preferences_many(self, prompts, responses):
-        logits = self.logits_many(prompts, responses)
+        return self.both_orders(self.logits_many(prompts, responses))
+
+    @staticmethod
+    def both_orders(logits):
+        """(..., K, K) L of either order -> preferences."""
         return torch.sigmoid((logits - logits.mT) / 2)
 
     def preferences(self, prompt, responses):

@@ -13,7 +13,6 @@ rows of mean length, memory is that of the longest rows that can happen.
 """
 
 import heapq
-import json
 import math
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch import nn
 from data import Tokenizer, prompt_text, read_json, read_outputs, read_prompts
 from model import DTYPES, ModelConfig, Transformer
 from pairrm import PairRM, PairRMConfig
-from prefmodel import PreferenceModel
+from prefmodel import PreferenceModel, split_spec
 
 # Bytes a second, and dense operations a second with 2- and 4-byte numbers, from NVIDIA's data sheets of H100, H200 and A100 80GB,
 # SXM (half of what they give with sparsity; float32 without TF32).
@@ -97,14 +96,8 @@ def judge_folders(spec):
     """Checkpoint folders in a --judge: itself, or those that a rule's arguments name (Ensemble, Transitive)."""
     if Path(spec).is_dir():
         return [spec]
-    module, _, rest = spec.partition(":")
-    if not rest:
-        raise FileNotFoundError(f"judge {spec}: no such folder, and not of the form module:function")
-    try:
-        arguments = json.loads(rest.partition(":")[2] or "{}")
-        inner = [arguments["judge"]] if "judge" in arguments else arguments.get("judges", [])
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"judge {spec}: expected keyword arguments as a JSON object behind the second colon") from None
+    *_, arguments = split_spec(spec)
+    inner = [arguments["judge"]] if "judge" in arguments else arguments.get("judges", [])
     return [folder for one in inner for folder in judge_folders(one)]
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import judge_report
+from command import exit_code
 from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_figure, write_json, write_lines
 from human import Human as human  # noqa: F401  --judge prefmodel:human
 from judge_report import checked_tables
@@ -73,17 +74,20 @@ class Ensemble:
         """(M, N, K, K): each judge's own tables."""
         return torch.stack([checked_tables(judge, prompts, responses, "of the ensemble") for judge in self.judges])
 
+    def mean_and_disagreement(self, prompts, responses):
+        """(N, K, K) weighted mean of the judges' probabilities, and their standard deviation: 0 where all say the same."""
+        members = self.members_many(prompts, responses)
+        mean = torch.einsum("m,mnij->nij", self.weights, members)
+        return mean, torch.einsum("m,mnij->nij", self.weights, (members - mean) ** 2).sqrt()
+
     def preferences_many(self, prompts, responses):
-        return torch.einsum("m,mnij->nij", self.weights, self.members_many(prompts, responses))
+        return self.mean_and_disagreement(prompts, responses)[0]
 
     def preferences(self, prompt, responses):
         return self.preferences_many([prompt], [responses])[0]
 
     def disagreement(self, prompts, responses):
-        """(N, K, K) standard deviation of the judges' probabilities, weighted as they are: 0 where all say the same."""
-        members = self.members_many(prompts, responses)
-        mean = torch.einsum("m,mnij->nij", self.weights, members)
-        return torch.einsum("m,mnij->nij", self.weights, (members - mean) ** 2).sqrt()
+        return self.mean_and_disagreement(prompts, responses)[1]
 
 
 class Transitive:
@@ -107,9 +111,13 @@ class Transitive:
         return self.preferences_many([prompt], [responses])[0]
 
 
-def transitive(logits):
-    """(..., K, K) logits of P(i beats j) in either order -> (..., K, K) probabilities from mean scores alone."""
-    score = (logits - logits.mT).mean(-1)
+def transitive(logits, policy=None):
+    """(..., K, K) logits of P(i beats j) in either order -> (..., K, K) probabilities from mean scores alone.
+
+    The mean is over opponents from policy (..., K); without one, over the K samples.
+    """
+    both = logits - logits.mT
+    score = both.mean(-1) if policy is None else (both * policy[..., None, :]).sum(-1)
     return torch.sigmoid(score[..., :, None] - score[..., None, :])
 
 
@@ -284,14 +292,8 @@ def split_pairs(pairs, share, generator):
     return parts
 
 
-def load_judge(spec, device=None, dtype=None):
-    """A judge from a checkpoint folder, or from `module:function`, with keyword arguments as JSON behind a second colon.
-
-    Example: 'toy.text_game:oracle:{"strengths": [0.9, 0.9, 0.8]}'.
-    """
-    if Path(spec).is_dir():
-        published = read_json(Path(spec) / "config.json").get("model_type") == "deberta-v2"
-        return (PairRM if published else PreferenceModel).from_pretrained(spec, dtype, device)
+def split_spec(spec):
+    """'module:function:{"key": value}' -> module, function, its keyword arguments."""
     module, _, rest = spec.partition(":")
     name, _, arguments = rest.partition(":")
     if not module or not name:
@@ -302,6 +304,18 @@ def load_judge(spec, device=None, dtype=None):
         arguments = None
     if not isinstance(arguments, dict):
         raise ValueError(f"judge {spec}: expected keyword arguments as a JSON object behind the second colon")
+    return module, name, arguments
+
+
+def load_judge(spec, device=None, dtype=None):
+    """A judge from a checkpoint folder, or from `module:function`, with keyword arguments as JSON behind a second colon.
+
+    Example: 'toy.text_game:oracle:{"strengths": [0.9, 0.9, 0.8]}'.
+    """
+    if Path(spec).is_dir():
+        published = read_json(Path(spec) / "config.json").get("model_type") == "deberta-v2"
+        return (PairRM if published else PreferenceModel).from_pretrained(spec, dtype, device)
+    module, name, arguments = split_spec(spec)
     sys.path.insert(0, "")  # a user's module stands in the folder that the command is called from
     try:
         found = getattr(importlib.import_module(module), name)
@@ -415,15 +429,7 @@ def main(arguments=None):
     for command in commands.choices.values():
         command.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"prefmodel.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prefmodel.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("prefmodel.py", lambda: args.run(args))
 
 
 if __name__ == "__main__":

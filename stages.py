@@ -30,6 +30,11 @@ def policy_folder(config, number):
     return Path(config.policy) if number == 1 else round_folder(config, number - 1) / "policy"
 
 
+def round_policies(run):
+    """The checkpoints that a run has left, in the order of its rounds."""
+    return sorted(Path(run).glob("round-[0-9]*/policy"), key=lambda path: int(path.parent.name.removeprefix("round-")))
+
+
 LOWER = {  # what takes less memory in which stage
     "responses": "lower --pool or --max-new-tokens",
     "preferences": "judge with a smaller model, or on another --device",

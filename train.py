@@ -24,7 +24,8 @@ import torch
 from matplotlib.figure import Figure
 
 import plan
-from data import TEMPLATES, Prompt, Tokenizer, outputs_for, pad_responses, prompt_text, read_json, read_prompts
+from command import exit_code
+from data import TEMPLATES, Tokenizer, outputs_for, pad_responses, prepare_prompts, read_json, read_prompts
 from data import append_line, remove, write_figure, write_json, write_lines
 from judge_report import checked_tables
 from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
@@ -258,13 +259,8 @@ def claim(config):
 def load_prompts(config, tokenizer, context):
     """The prompt file as one list of prompts a round: all of them, or every T-th, so that each round sees each kind."""
     texts = read_prompts(config.prompts)
-    prompts = [Prompt(prompt_text(text), tokenizer.prompt_ids(text, config.template)) for text in texts]
-    for prompt in prompts:
-        if len(prompt.ids) + config.max_new_tokens > context:
-            raise ValueError(
-                f"{config.prompts}: prompt {prompt.text[:40]!r}... has {len(prompt.ids)} tokens, which with "
-                f"--max-new-tokens {config.max_new_tokens} is more than the policy's context of {context}"
-            )
+    room = (config.max_new_tokens, config.prompts, context, "policy's context of")
+    prompts = prepare_prompts(texts, tokenizer, config.template, *room)
     if config.reuse_prompts:
         return [prompts] * config.rounds
     if len(prompts) < config.rounds:
@@ -375,7 +371,8 @@ def prepare_debugging(config):
 
 def main(arguments=None):
     config = parse_config(arguments)
-    try:
+
+    def work():
         if config.policy == PRESETS["debug"]["policy"]:
             prepare_debugging(config)
         if config.plan:
@@ -383,13 +380,8 @@ def main(arguments=None):
             plan.print_plan(plan.plan(config, config.gpus, config.gpu))
         else:
             run(config)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"train.py: stopped; the same command continues behind the last finished stage in {config.out}", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("train.py", work, f"stopped; the same command continues behind the last finished stage in {config.out}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def played(world, tmp_path_factory):
 
 def sampling(**changes):
     values = dict(template="plain", max_new_tokens=4, temperature=1.0, top_p=1.0, pool=64, dtype=None, device="cpu", samples=1)
+    values |= {"prompts": "prompts.jsonl"}
     return SimpleNamespace(**(values | changes))
 
 

@@ -42,6 +42,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from prefmodel import transitive
 from sppo import RoundConfig, normalized_target, sppo_round, win_rates
 from toy.games import bradley_terry, cycle, exploitability, nash, random_game
 from toy.lab import BLUE, GREEN, GREY, ORANGE, PINK, script
@@ -97,9 +98,7 @@ def shortcut(preference, policy=None, orders=2):
     orders=1 the two orders are averaged, not added. The mean is over opponents from policy (..., K); without one, over the
     K samples. P of 0 or 1 has no finite logit: a response that wins one pair and loses another gets score inf - inf.
     """
-    logit = preference.logit()
-    score = orders * (logit.mean(-1) if policy is None else (logit * policy[..., None, :]).sum(-1))
-    return torch.sigmoid(score[..., :, None] - score[..., None, :])
+    return transitive(preference.logit() * orders / 2, policy)
 
 
 def full_table(preference, policy=None):

@@ -1,12 +1,12 @@
 """What the scripts of the laboratory share: their flags and files, their colours, the triangle of three actions."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from command import exit_code
 from data import write_figure, write_json
 
 # Okabe and Ito's colours, told apart by colour-blind eyes.
@@ -26,7 +26,8 @@ def script(name, description, measure, print_table, draw, arguments=None, flags=
     args, start = parser.parse_args(arguments), time.monotonic()
     out = Path(args.out)
     torch.set_num_threads(1)  # for matrices this small a second thread only waits
-    try:
+
+    def work():
         if args.seed < 0:
             raise ValueError(f"--seed is {args.seed}, expected 0 or more")
         if out.exists() and not out.is_dir():  # said before the work, not after it
@@ -34,12 +35,10 @@ def script(name, description, measure, print_table, draw, arguments=None, flags=
         result = measure(args)
         write_json(out / f"{name}.json", result)
         write_figure(out / f"{name}.png", draw(result))
-    except (ValueError, OSError) as error:
-        print(f"toy.{name}: {error}", file=sys.stderr)
-        return 2
-    print_table(result)
-    print(f"\n{out / name}.png, {out / name}.json: {time.monotonic() - start:.0f} s")
-    return 0
+        print_table(result)
+        print(f"\n{out / name}.png, {out / name}.json: {time.monotonic() - start:.0f} s")
+
+    return exit_code(f"toy.{name}", work)
 
 
 def triangle(axes, names):

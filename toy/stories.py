@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import one_hot
 from tqdm import tqdm
 
+from command import exit_code
 from data import Tokenizer, pad_responses, write_figure, write_json, write_lines
 from model import Transformer, generate
 from sppo import sequence_logps
@@ -180,19 +181,18 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-4, help="of a round's first step, falls to zero [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of everything random [%(default)s]")
     args, start = parser.parse_args(), time.monotonic()
-    try:
+
+    def work():
         tokenizer, config, out = Tokenizer(args.policy), settings(args), Path(args.out)
         write_lines(out / "story-prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
         run(config)
         result = measure(config, tokenizer)
         write_json(out / "stories.json", result)
         draw(result, out / "stories.png")
-    except (ValueError, OSError) as error:
-        print(f"toy.stories: {error}", file=sys.stderr)
-        return 2
-    print_result(result)
-    print(f"\n{out / 'stories.json'}, {out / 'stories.png'}: {time.monotonic() - start:.0f} s")
-    return 0
+        print_result(result)
+        print(f"\n{out / 'stories.json'}, {out / 'stories.png'}: {time.monotonic() - start:.0f} s")
+
+    return exit_code("toy.stories", work)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tqdm import tqdm
 
+from command import exit_code
 from data import Tokenizer, pad_responses, read_json, read_pairs, remove, whole, write_figure, write_json, write_lines
 from model import KVCache, ModelConfig, Transformer, initialize
 from prefmodel import PreferenceModel, train_preference_model
 from sppo import sequence_logps
+from stages import round_policies
 from toy.games import cycle, exploitability, nash
 from toy.lab import BLUE, GREEN, ORANGE, triangle
 
@@ -233,7 +235,7 @@ def measure(world, run):
     """
     world, run = Path(world), Path(run)
     table = payoff(tuple(read_json(world / "world.json")["strengths"]))
-    folders = sorted(run.glob("round-*/policy"), key=lambda folder: int(folder.parent.name.removeprefix("round-")))
+    folders = round_policies(run)
     if not folders:
         raise FileNotFoundError(f"{run}: no round-01/policy in it, expected the folder of a run")
     shares = []
@@ -301,15 +303,14 @@ def main():
     command.add_argument("world")
     command.add_argument("run")
     args = parser.parse_args()
-    try:
+
+    def work():
         if args.command == "build":
             build(args.world, args.seed, args.strengths, args.pairs)
         else:
             print_table(measure(args.world, args.run))
-    except (ValueError, OSError) as error:
-        print(f"toy.text_game: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code("toy.text_game", work)
 
 
 if __name__ == "__main__":
