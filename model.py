@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import ranks
 from data import read_json, whole, write_json
 from generate import KVCache, generate, prefill  # noqa: F401  what a policy can do, importable with it
 
@@ -162,8 +163,11 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if layer_cache is not None:
             k, v = layer_cache(k, v)  # (B, G, S, Dh): this row's past and present
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        if T == 1:  # the H/G heads of a group see the same keys: as rows of one matrix, for which no key is read twice
+            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -193,7 +197,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below the vocabulary: tokens (B, T) -> normalised hidden states (B, T, D)."""
+    """Everything below the vocabulary: tokens (B, T) -> normalised hidden states (B, T, D).
+
+    With a cache (generate.py) a row's tokens stand behind the positions that it has already, and are added to them.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -204,31 +211,33 @@ class Decoder(nn.Module):
         self.recompute = False  # keep only each layer's input for the backward pass, which runs the layer again
 
     def forward(self, tokens, cache=None):
-        config, window = self.config, self.config.sliding_window
-        position = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        config, T = self.config, tokens.shape[1]
+        S = T if cache is None else cache.size
+        window = config.sliding_window or S
+        position = torch.arange(T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
             position = position + cache.length[:, None]  # (B, T)
-            key = torch.arange(cache.begin(position), device=tokens.device)  # (S,)
-        else:
-            key = position[0]
-        mask = None  # plain causal attention needs none
-        if cache is not None or (window is not None and window < len(key)):
-            distance = position[:, None, :, None] - key  # (B, 1, T, S)
-            mask = (0 <= distance) & (distance < (window or config.max_position_embeddings + 1))
+        mask = None  # plain causal attention needs none: as many tokens as positions have no past
+        if T < S or window < S:
+            distance = position[:, None, :, None] - torch.arange(S, device=tokens.device)  # (B, 1, T, S)
+            mask = (0 <= distance) & (distance < window)
         cos, sin = rotary_angles(position, config.head_dim, config.rope_theta)
         x = self.embed_tokens(tokens)  # (B, T, D)
         for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache and cache.layer(index))
+                x = layer(x, cos, sin, mask, cache and cache.layer(index, position))
         if cache is not None:
-            cache.length = cache.length + tokens.shape[1]
+            cache.length = cache.length + T
         return self.norm(x)
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) -> logits (B, T, V), of every position; the logits at t are for token t + 1."""
+    """Tokens (B, T) -> logits (B, T, V), of every position; the logits at t are for token t + 1.
+
+    Who wants something else of the hidden states (B, T, D) gives `read(hidden, head)`, where head(hidden) are logits.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -242,8 +251,8 @@ class Transformer(nn.Module):
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return F.linear(hidden, weight)
 
-    def forward(self, tokens):
-        return self.head(self.model(tokens))
+    def forward(self, tokens, read=lambda hidden, head: head(hidden)):
+        return read(self.model(tokens), self.head)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device=None):
@@ -325,8 +334,9 @@ def open_weights(path):
 def load_weights(module, folder, prefix="", unused=()):
     """Copy the folder's tensors into the module's parameters by name (behind `prefix`), casting to their dtype.
 
-    Each tensor is mapped, copied and let go in blocks, so the peak is one copy of the weights and a few blocks. Names that
-    begin with one of `unused` may be there; old checkpoints' tables of positions and a tied lm_head always may.
+    Each tensor is mapped, copied and let go in blocks, so the peak is one copy of the weights and a few blocks; of sharded
+    parameters each process reads its rows. Names that begin with one of `unused` may be there; old checkpoints' tables of
+    positions and a tied lm_head always may.
     """
     parameters, files = {prefix + name: p for name, p in module.named_parameters()}, weight_files(folder)
     if missing := sorted(parameters.keys() - files.keys()):
@@ -336,11 +346,11 @@ def load_weights(module, folder, prefix="", unused=()):
         if not name.startswith((*unused, *tied)) and not name.endswith(("rotary_emb.inv_freq", "position_ids")):
             raise ValueError(f"{files[name]}: unexpected tensor {name}, which this architecture does not have")
     for name, parameter in parameters.items():
-        rows = max(1, BLOCK_BYTES * len(parameter) // parameter.nbytes)
-        for start in range(0, len(parameter), rows):
+        rows, (own, begin) = max(1, BLOCK_BYTES * len(parameter) // parameter.nbytes), ranks.local(parameter)
+        for part, start in zip(own.split(rows), range(begin, begin + len(own), rows)):
             with open_weights(files[name]) as file:  # and with it goes what it has mapped
                 tensor = find_tensor(file, files[name], name, tuple(parameter.shape))
-                parameter[start : start + rows].copy_(tensor[start : start + rows])
+                part.copy_(tensor[start : start + len(part)])
 
 
 def find_tensor(file, path, name, shape):
@@ -354,8 +364,13 @@ def find_tensor(file, path, name, shape):
 
 
 def save_checkpoint(module, folder, extra=None, shard_bytes=SHARD_BYTES):
-    """Write weights and config.json, which gets the dtype that the weights have, and `extra` keys."""
+    """Write weights and config.json, which gets the dtype that the weights have, and `extra` keys.
+
+    Sharded weights are put together tensor by tensor, by all processes; the first one writes, a file at a time.
+    """
     save_weights(module, folder, shard_bytes)
+    if not ranks.first():
+        return
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     config = dataclasses.replace(module.config, dtype=dtype).to_json()
     write_json(Path(folder) / "config.json", config | (extra or {}))
@@ -369,16 +384,18 @@ def save_weights(module, folder, shard_bytes=SHARD_BYTES):
         if not shards or room + parameter.nbytes > shard_bytes:
             shards.append({})
             room = 0
-        shards[-1][name] = parameter.detach().contiguous()
+        shards[-1][name] = parameter.detach()
         room += parameter.nbytes
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards):
+        tensors = ranks.gathered(shard)
         try:
-            save_file(shard, folder / name, metadata={"format": "pt"})
+            if ranks.first():
+                save_file(tensors, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:  # the library's own class for a full disk
             raise OSError(f"{name}: {error}") from None
-    if count > 1:
+    if count > 1 and ranks.first():
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
         total = sum(parameter.nbytes for parameter in module.parameters())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -13,7 +13,7 @@ from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
 
 from data import Tokenizer
-from model import KVCache, ModelConfig, Transformer, generate, initialize
+from model import ModelConfig, Transformer, generate, initialize
 from sppo import sequence_logps
 
 CHECKPOINTS = [f"{name}/{dtype}" for name in ("v02", "v01-swa", "tied") for dtype in ("fp32", "bf16")]
@@ -157,73 +157,6 @@ def test_tokens_behind_the_window_are_not_seen():
     assert moved.tolist() == [True] * 7 + [False] * 5
 
 
-def test_cached_generation_matches_one_full_pass(tiny_model):
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
-    for prompt, (response,) in zip(prompts, generate(tiny_model, prompts, 1, 10, None, temperature=0)):
-        logits = tiny_model(torch.tensor([prompt + response]))[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == response
-
-
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_pool_size_does_not_change_the_text(tiny_model, top_p):
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10], [11, 12]]
-
-    def run(rows):
-        return generate(tiny_model, prompts, 5, 12, 7, 1.0, top_p, torch.Generator().manual_seed(3), rows)
-
-    assert run(1) == run(4) == run(7) == run(64)
-
-
-def test_seed_fixes_the_text_and_another_seed_changes_it(tiny_model):
-    def run(seed):
-        return generate(tiny_model, [[1, 2]], 4, 10, None, generator=torch.Generator().manual_seed(seed))
-
-    assert run(0) == run(0) != run(1)
-
-
-def test_stop_token_ends_a_response_and_is_part_of_it(tiny_model):
-    responses = generate(tiny_model, [[1]], 200, 20, 7, generator=torch.Generator().manual_seed(0))[0]
-    stopped = [r for r in responses if 7 in r]
-    assert len(stopped) > 20
-    assert all(r.index(7) == len(r) - 1 for r in stopped)
-    assert all(len(r) == 20 for r in responses if 7 not in r)
-
-
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8)])
-def test_sample_frequencies_match_the_exact_distribution(tiny_model, temperature, top_p):
-    """Chi-square over 50,000 samples; a false alarm once in a thousand seeds, and the seed is fixed."""
-    scipy_stats = pytest.importorskip("scipy.stats")
-    count = 50_000
-    logits = tiny_model(torch.tensor([[1, 2, 3]]))[0, -1].double() / temperature
-    probability, order = logits.softmax(-1).detach().sort(descending=True)
-    kept = int((probability.cumsum(0) < top_p).sum()) + 1 if top_p < 1 else len(order)
-    exact = torch.zeros(50, dtype=torch.float64)
-    exact[order[:kept]] = probability[:kept] / probability[:kept].sum()
-    seed = torch.Generator().manual_seed(5)
-    drawn = generate(tiny_model, [[1, 2, 3]], count, 1, None, temperature, top_p, seed, rows=count)[0]
-    observed = torch.bincount(torch.tensor(drawn)[:, 0], minlength=50).double()
-    assert (observed[exact == 0] == 0).all()
-    seen = exact > 0
-    assert scipy_stats.chisquare(observed[seen].numpy(), (exact[seen] * count).numpy()).pvalue > 1e-3
-
-
-def test_each_prompt_is_computed_once_for_all_its_samples(tiny_model, monkeypatch):
-    lengths, forward = [], type(tiny_model.model).forward
-
-    def counted(self, tokens, cache=None):
-        lengths.append(tuple(tokens.shape))
-        return forward(self, tokens, cache)
-
-    monkeypatch.setattr(type(tiny_model.model), "forward", counted)
-    generate(tiny_model, [[1, 2, 3]] * 6, 8, 4, None, generator=torch.Generator().manual_seed(0), rows=10)
-    assert sum(rows for rows, width in lengths if width == 3) == 6
-
-
-def test_a_prompt_longer_than_the_context_is_named(tiny_model):
-    with pytest.raises(ValueError, match=r"prompt 2 has 120 tokens.*context of 128"):
-        generate(tiny_model, [[1], [1] * 120], 1, 10, None)
-
-
 # ------------------------------------------------------------------------------------------------ bad checkpoints
 
 
@@ -321,19 +254,6 @@ def test_an_architecture_that_is_not_ours_is_refused_by_name(checkpoint, change,
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         Transformer.from_pretrained(checkpoint)
-
-
-def test_cache_rows_keep_their_own_lengths(tiny_model):
-    """Two rows of unequal length decode in one call as each does alone."""
-    prompts, token = [[1, 2, 3], [4, 5, 6, 7, 8]], torch.tensor([[9], [9]])
-    cache = KVCache(tiny_model.config, 2, 10, "cpu", torch.float32)
-    for row, prompt in enumerate(prompts):
-        alone = KVCache(tiny_model.config, 1, 10, "cpu", torch.float32)
-        tiny_model.model(torch.tensor([prompt]), alone)
-        cache.copy_from(alone, 0, [row])
-    together = tiny_model.head(tiny_model.model(token, cache))[:, -1]
-    for row, prompt in enumerate(prompts):
-        assert torch.allclose(together[row], tiny_model(torch.tensor([[*prompt, 9]]))[0, -1], atol=1e-5)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
