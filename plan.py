@@ -5,8 +5,8 @@
 Weights are counted on the meta device, which has shapes and no memory. Of the policy and the judge config.json is read, and the
 tokenizers where they are there. What cannot be known beforehand stands in ASSUMED and is printed with the plan.
 
-One GPU holds the weights in --dtype, in bfloat16 with stochastic rounding. Several hold shards of float32 weights, gradients
-and optimizer state (FSDP2) and compute in bfloat16; to sample, each has a bfloat16 copy of all weights and a pool of its own.
+One GPU trains the weights that it holds, in --dtype, bfloat16 with stochastic rounding. Of several, each holds a copy to sample,
+judge and score with; to fit, also its shard of float32 weights, gradients and optimizer state (FSDP2), computing in --dtype.
 
 N prompts a round, K responses each, S of them trained on, T tokens in a row, P parameters. GB are 10^9 bytes. Costs are those of
 rows of mean length, memory is that of the longest rows that can happen.
@@ -157,13 +157,16 @@ class Work:
         self.judges = [judge_shape(folder) for folder in folders]
         self.prompts = measure_prompts(config, [tokenizer_in(folder) for folder in folders])
         self.opponents = len(next(iter(read_outputs(config.opponents).values()))) if config.opponents else 0
-        self.width = 2 if gpus > 1 else DTYPES[config.dtype].itemsize  # bytes of a number that the policy computes with
+        self.width = DTYPES[config.dtype].itemsize  # bytes of a number that the policy computes with
         self.held = 4 if gpus > 1 else self.width  # bytes of a trained weight
         self.selected = 2 if config.select == "best-worst" else config.samples  # S
         self.positions = self.prompts["longest"] + config.max_new_tokens  # of the longest row
         self.total = self.prompts["count"] * (config.rounds if config.reuse_prompts else 1)  # prompts of all rounds
         self.N = math.ceil(self.total / config.rounds)
         self.rows = min(config.pool, math.ceil(self.N / gpus) * config.samples)  # of a GPU's pool
+
+    def judge_width(self, judge):
+        return DTYPES[self.config.judge_dtype or judge.config.dtype].itemsize
 
     def computed(self, stage, tokens, flops, width):
         return {"tokens": tokens, "flops": flops, "seconds": flops / (self.gpus * self.gpu["flops"][width] * ASSUMED[stage])}
@@ -189,7 +192,7 @@ class Work:
         for judge, ratio in zip(self.judges, self.prompts["judge_tokens"]):
             T = self.judged(judge, self.prompts["mean"] * ratio, self.response * ratio)
             rows, flops = (K * (K - 1), pairrm_flops) if isinstance(judge, PairRM) else (K, causal_flops)
-            width = DTYPES[judge.config.dtype].itemsize
+            width = self.judge_width(judge)
             costs.append(self.computed("judge", N * rows * T, N * rows * flops(judge, T), width))
         return add(*costs)
 
@@ -218,24 +221,26 @@ class Work:
         """{stage: {part: bytes on one GPU}} at the peak. Policy and judge stay on the GPU through all stages."""
         config, sizes, P, width = self.config, self.policy.config, parameters(self.policy), self.width
         V, layers = sizes.vocab_size, sizes.num_hidden_layers
-        judge = sum(parameters(judge) * DTYPES[judge.config.dtype].itemsize for judge in self.judges)
-        fixed = {"weights": self.held * P / self.gpus, "judge": judge}
-        # A block, embedding and head are whole on each GPU while they are computed with.
-        gathered = 2 * (P - (layers - 1) * parameters(self.policy.model.layers[0])) if self.gpus > 1 else 0
+        judge = sum(parameters(judge) * self.judge_width(judge) for judge in self.judges)
+        fixed = {"weights": width * P, "judge": judge}
+        shard = self.held * P / self.gpus
+        # A block, embedding and head are whole on each GPU while they are computed with, and then their gradients.
+        gathered = width * (P - (layers - 1) * parameters(self.policy.model.layers[0])) if self.gpus > 1 else 0
 
         cache = self.rows * self.positions * cache_bytes(sizes, width)
         prefix = (self.rows // config.samples + 1) * self.prompts["longest"] * cache_bytes(sizes, width)
         repeated = 2 * self.rows * self.positions * sizes.num_attention_heads * sizes.head_dim * width  # k, v of each query head
         step = repeated + 24 * self.rows * V  # probabilities, also in float64
-        sample = fixed | {"copy": 2 * P if self.gpus > 1 else 0, "cache": cache}
+        sample = fixed | {"cache": cache}
         sample["workspace"] = prefix + max(step, cache / 2)  # cache/2: a pool that shrinks is copied
 
         tokens = config.micro_batch * self.selected * self.positions  # of a forward pass
         block, chunk = tokens * saved_bytes(sizes, width), min(tokens, ASSUMED["chunk"]) * V
         inputs = tokens * layers * sizes.hidden_size * width  # of all blocks: the checkpoints
-        score = fixed | {"gathered": gathered, "activations": block, "logits": chunk * (width + 8)}
+        score = fixed | {"activations": block, "logits": chunk * (width + 8)}
         fit = fixed | {
-            "gradients": self.held * P / self.gpus,
+            "shard": shard if self.gpus > 1 else 0,
+            "gradients": shard,
             "optimizer": (4 if config.optimizer == "rmsprop" else 2 * self.held) * P / self.gpus,
             "gathered": 2 * gathered,
             "activations": inputs + block + 3 * tokens * sizes.intermediate_size * width,  # of one block, with its gradients
@@ -246,7 +251,7 @@ class Work:
 
     def reading(self, judge, ratio):
         """Bytes of a judge's largest forward pass."""
-        sizes, width = judge.config, DTYPES[judge.config.dtype].itemsize
+        sizes, width = judge.config, self.judge_width(judge)
         T = math.ceil(self.judged(judge, self.prompts["longest"] * ratio, self.config.max_new_tokens * ratio))
         if not isinstance(judge, PairRM):
             return PREFERENCE_ROWS * T * saved_bytes(sizes, width)
@@ -297,8 +302,11 @@ def plan(config, gpus=1, gpu="h100", mean_response_tokens=None):
         stages[name] = cost(N) | {"in_all": in_all, "memory": parts, "memory_total": size, "fits": size <= room, "advice": advice}
     return {
         "gpus": gpus, "gpu": gpu, "memory_gb": GPUS[gpu]["memory_gb"], "rounds": config.rounds, "samples": config.samples,
-        "policy": {"parameters": parameters(policy), "dtype": "bfloat16" if gpus > 1 else config.dtype, "context": context},
-        "judges": [{"kind": type(j).__name__, "parameters": parameters(j), "dtype": j.config.dtype} for j in work.judges],
+        "policy": {"parameters": parameters(policy), "dtype": config.dtype, "context": context},
+        "judges": [
+            {"kind": type(judge).__name__, "parameters": parameters(judge), "dtype": config.judge_dtype or judge.config.dtype}
+            for judge in work.judges
+        ],
         "prompts": work.prompts | {"a_round": N}, "response": {"mean": response, "longest": config.max_new_tokens},
         "fits": work.positions <= context and all(stage["fits"] for stage in stages.values()), "stages": stages,
         "in_all": add(*(stage["in_all"] for stage in stages.values())), "disk": work.disk(N),
@@ -323,8 +331,6 @@ def describe(result):
         f"prompts    {prompts['a_round']:,} a round, {mean(prompts['mean'], '', prompts['longest'])} ({how})",
         f"responses  {result['samples']} a prompt, {mean(response['mean'], ' (assumed)', response['longest'])}",
     ]
-    if result["gpus"] > 1:
-        lines.append("several GPUs: a plan only, train.py itself runs on one so far")
     if (longest := prompts["longest"] + response["longest"]) > policy["context"]:
         lines.append(f"does not fit: {longest:,} tokens in the policy's context of {policy['context']:,}; lower --max-new-tokens")
     lines += ["", f"{'a round':10}{'Mtokens':>9}{'PFLOP':>9}{'hours':>9}{'GB':>8}   at the peak, each GPU"]

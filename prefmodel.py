@@ -61,10 +61,10 @@ class Ensemble:
     On a command line: 'prefmodel:Ensemble:{"judges": ["DIR", "module:rule"], "weights": [0.8, 0.2]}'.
     """
 
-    def __init__(self, judges, weights=None, device=None):
+    def __init__(self, judges, weights=None, device=None, dtype=None):
         if isinstance(judges, str) or not all(isinstance(j, str) or hasattr(j, "preferences_many") for j in judges):
             raise ValueError(f"ensemble: judges are {judges!r}, expected a list of checkpoint folders and module:function")
-        self.judges = [load_judge(judge, device) if isinstance(judge, str) else judge for judge in judges]
+        self.judges = [load_judge(judge, device, dtype) if isinstance(judge, str) else judge for judge in judges]
         weights = [1.0] * len(self.judges) if weights is None else weights
         if len(weights) != len(self.judges) or not all(weight >= 0 for weight in weights) or not sum(weights) > 0:
             raise ValueError(f"ensemble: weights are {weights}, expected one of 0 or more for each of {len(self.judges)} judges")
@@ -97,8 +97,8 @@ class Transitive:
     doubles the logits of a transitive judge. For comparison: 'prefmodel:Transitive:{"judge": "DIR"}'.
     """
 
-    def __init__(self, judge, device=None):
-        self.judge = load_judge(judge, device) if isinstance(judge, str) else judge
+    def __init__(self, judge, device=None, dtype=None):
+        self.judge = load_judge(judge, device, dtype) if isinstance(judge, str) else judge
 
     def preferences_many(self, prompts, responses):
         if hasattr(self.judge, "logits_many"):
@@ -324,7 +324,8 @@ def load_judge(spec, device=None, dtype=None):
     finally:
         sys.path.remove("")
     if isinstance(found, type):
-        places = {"device": device} if "device" in inspect.signature(found).parameters else {}
+        wanted = inspect.signature(found).parameters
+        places = {name: value for name, value in (("device", device), ("dtype", dtype)) if name in wanted}
         try:
             found, arguments = found(**(places | arguments)), {}
         except TypeError as error:

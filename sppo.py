@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import optim
+import ranks
 
 # ------------------------------------------------------------------------------------------------ win rates
 
@@ -113,7 +114,7 @@ def chunked_logps(hidden, head, tokens, mask, rows=128):
     """
     used = mask[:, 1:]  # position t predicts token t + 1
     chunks = zip(hidden[:, :-1][used].split(rows), tokens[:, 1:][used].split(rows))
-    logp = torch.cat([checkpoint(_token_logps, head, *chunk, use_reentrant=False) for chunk in chunks])  # (R,)
+    logp = torch.cat([checkpoint(_token_logps, head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])  # (R,)
     return torch.zeros(used.shape, device=logp.device).masked_scatter(used, logp).sum(-1)
 
 
@@ -217,9 +218,9 @@ def sppo_round(game, prompts, config, generator, memo=lambda name, compute: comp
 @torch.no_grad()
 def score(game, prompts, selected, config):
     """log π(y|x) of the selected responses under the game's current policy, in micro-batches: (N, S)."""
-    parts = micro_batches(game, prompts, selected, torch.arange(len(prompts)), config)
-    logps = torch.cat([game.logps([prompts[n] for n in part], [selected[n] for n in part]) for part in parts])
-    return logps[torch.tensor([n for part in parts for n in part]).argsort()]
+    parts = micro_batches(game, prompts, selected, ranks.share(torch.arange(len(prompts))), config)
+    logps = ranks.joined([game.logps([prompts[n] for n in part], [selected[n] for n in part]) for part in parts])
+    return torch.cat(logps)[torch.tensor(ranks.joined([n for part in parts for n in part])).argsort()]
 
 
 def micro_batches(game, prompts, selected, batch, config):
@@ -244,23 +245,26 @@ def fit(game, prompts, selected, old_logp, target, config, generator, log, saver
     optimizer = make_optimizer(game.policy, config, generator)
     steps = saver.load(game.policy, optimizer) if saver else []
     for batch in batches[len(steps) :]:
-        losses, ratios, parts = [], [], micro_batches(game, prompts, selected, batch, config)
-        for micro in parts:
+        order, losses, ratios = [], [], []
+        parts = micro_batches(game, prompts, selected, ranks.share(batch), config)
+        for micro, weight in ranks.in_step(parts, spare=batch[:1].tolist()):
             logp = game.logps([prompts[n] for n in micro], [selected[n] for n in micro])  # (b, S)
             log_ratio = logp - old_logp[micro]
             loss = row_losses(log_ratio, target[micro], config)
-            (loss.mean() * len(micro) / len(batch)).backward()
-            losses.append(loss.detach())
-            ratios.append(log_ratio.detach())
+            (weight * loss.mean() * len(micro) / len(batch)).backward()
+            if weight:
+                order += micro
+                losses.append(loss.detach())
+                ratios.append(log_ratio.detach())
         lr = learning_rate(len(steps), schedule, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        norm = torch.nn.utils.clip_grad_norm_(game.policy.parameters(), config.clip)
+        norm = ranks.full(torch.nn.utils.clip_grad_norm_(game.policy.parameters(), config.clip))
         if not torch.isfinite(norm):
             raise ValueError(f"optimizer step {len(steps) + 1}: the gradient norm is {norm.item()}; lower --lr or --eta")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        order = [n for micro in parts for n in micro]
+        order, losses, ratios = (ranks.joined(own) for own in (order, losses, ratios))
         epoch = len(steps) // per_epoch
         steps.append(step_numbers(epoch, torch.cat(losses), torch.cat(ratios), target[order], norm, lr))
         log(**steps[-1])

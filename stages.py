@@ -3,12 +3,13 @@
     RUN/round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/
 
 A stage is written under a temporary name and renamed when it is whole. The long one, fitting the policy, also keeps its
-state every --save-minutes, in fit.safetensors, until it is done.
+state every --save-minutes, in a folder fit-STEPS with one file a process, until it is done.
 """
 
 import json
 import resource
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from tqdm import tqdm
 
-from data import append_line, read_lines, remove, whole, write_lines
-from model import load_weights
+import ranks
+from data import append_line, read_lines, remove, write_lines
+from model import DTYPES, Transformer, load_weights
 from sppo import win_rates
 
 
@@ -61,24 +63,39 @@ class Stages:
 
     def __call__(self, name, compute):
         path = self.folder / {"responses": "responses.jsonl", "policy": "policy"}.get(name, f"{name}.safetensors")
-        if path.exists():
+        if ranks.agreed(path.exists()):
             return self.read(name, path)
         start, config = time.perf_counter(), self.config
-        total = len(self.prompts) * {"responses": config.samples, "policy": config.epochs}.get(name, 1)
-        title = f"round {self.game.number}/{config.rounds} {name}"
-        with tqdm(total=total, unit={"responses": "response"}.get(name, "prompt"), desc=title, leave=False) as self.game.progress:
-            try:
-                value = compute()
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                what = LOWER.get(name, "lower --micro-tokens or --micro-batch")
-                raise ValueError(f"{title}: out of memory; {what}, the finished stages are kept: {error}") from None
-        with whole(path) as temporary:
-            self.write(name, temporary, value)
+        items = len(ranks.share(self.prompts)) * {"responses": config.samples, "policy": config.epochs}.get(name, 1)
+        title, unit = f"round {self.game.number}/{config.rounds} {name}", {"responses": "response"}.get(name, "prompt")
+        with self.sharded() if name == "policy" and ranks.count() > 1 else nullcontext():
+            with tqdm(total=items, unit=unit, desc=title, leave=False, disable=not ranks.first()) as self.game.progress:
+                try:
+                    value = compute()
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    what = LOWER.get(name, "lower --micro-tokens or --micro-batch")
+                    raise ValueError(f"{title}: out of memory; {what}, the finished stages are kept: {error}") from None
+            with ranks.together(path) as temporary:
+                self.write(name, temporary, value)
         row = {"round": self.game.number, "stage": name, "seconds": time.perf_counter() - start, "peak_gb": peak_memory(config)}
-        append_line(Path(config.out) / "timings.jsonl", row)
+        if ranks.first():
+            append_line(Path(config.out) / "timings.jsonl", row)
         return value
+
+    @contextmanager
+    def sharded(self):
+        """Several processes train the policy in parts; with what they leave, each one's whole copy goes on."""
+        game, copy = self.game, self.game.policy
+        with torch.device("meta"):
+            game.policy = Transformer(copy.config)
+        game.policy.model.recompute = copy.model.recompute
+        ranks.sharded(game.policy, DTYPES[self.config.dtype], self.config.device)
+        load_weights(game.policy, policy_folder(self.config, game.number))
+        yield
+        game.policy = copy
+        load_weights(game.policy, policy_folder(self.config, game.number + 1))
 
     def read(self, name, path):
         if name == "responses":
@@ -92,12 +109,15 @@ class Stages:
             raise ValueError(f"{path}: not what this stage writes ({error}); delete it to compute it again") from None
 
     def write(self, name, path, value):
+        if name == "policy":
+            self.game.policy.write_pretrained(path)  # all processes have a part
+        if not ranks.first():
+            return
         if name == "responses":
             rows = zip(self.prompts, value, strict=True)
             rows = [{"prompt": p.text, "responses": self.game.texts(p, row), "tokens": row} for p, row in rows]
             write_lines(path, rows)
         elif name == "policy":
-            self.game.policy.write_pretrained(path)
             self.game.tokenizer.copy_to(path)
             write_lines(path / "steps.jsonl", value)
         else:
@@ -121,39 +141,66 @@ def peak_memory(config):
 
 
 class Saver:
-    """Keeps the state of an unfinished fit in one safetensors file: weights, optimizer state, the numbers of each step."""
+    """Keeps the state of an unfinished fit: weights, optimizer state and the numbers of each step, in FOLDER/fit-STEPS.
 
-    def __init__(self, path, minutes):
-        self.path, self.seconds, self.last = Path(path), 60 * minutes, time.monotonic()
+    One safetensors file a process, with its part of everything. The older state goes when the newer one is whole.
+    """
+
+    def __init__(self, folder, minutes):
+        self.folder, self.seconds, self.last = Path(folder), 60 * minutes, time.monotonic()
+
+    def kept(self):
+        """Folders of this kind, the latest last."""
+        found = [path for path in self.folder.glob("fit-*") if path.name.removeprefix("fit-").isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("fit-")))
 
     def load(self, policy, optimizer):
         """Put weights and optimizer state where they were; returns the numbers of the steps done, none if nothing was kept."""
-        if not self.path.exists():
+        if not (found := ranks.agreed(self.kept())):
             return []
+        if not (path := part_of(found[-1])).exists():
+            raise ValueError(
+                f"{path}: no such file, this fit was begun by another number of processes; start as many, "
+                "or delete the folder to begin the stage again"
+            )
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 steps = json.loads(file.metadata()["steps"])
-            kept = load_file(self.path)
+            kept = load_file(path)
             with torch.no_grad():
                 for name, parameter in policy.named_parameters():
-                    parameter.copy_(kept[f"weights.{name}"])
+                    ranks.local(parameter)[0].copy_(kept[f"weights.{name}"])
             load_optimizer(optimizer, {key.removeprefix("optimizer."): kept[key] for key in kept if key.startswith("optimizer.")})
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path}: not the state of this fit ({error}); delete it to begin the stage again") from None
+            again = f"delete {path.parent} to begin the stage again"
+            raise ValueError(f"{path}: not the state of this fit ({error}); {again}") from None
         return steps
 
     def save(self, policy, optimizer, steps):
         """Called behind every step; writes when it is time."""
-        if time.monotonic() - self.last < self.seconds:
+        if not ranks.agreed(time.monotonic() - self.last >= self.seconds):
             return
         tensors = {f"weights.{name}": parameter.detach() for name, parameter in policy.named_parameters()}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer).items()}
-        with whole(self.path) as temporary:
-            save_file(tensors, temporary, metadata={"steps": json.dumps(steps)})
+        tensors = {name: ranks.local(tensor)[0] for name, tensor in tensors.items()}
+        older = ranks.agreed(self.kept())
+        with ranks.together(self.folder / f"fit-{len(steps)}") as temporary:
+            temporary.mkdir(exist_ok=True)
+            save_file(tensors, part_of(temporary), metadata={"steps": json.dumps(steps)})
+        self.forget(older)
         self.last = time.monotonic()
 
+    def forget(self, folders):
+        if ranks.first():
+            for folder in folders:
+                remove(folder)
+
     def done(self):
-        remove(self.path)
+        self.forget(self.kept())
+
+
+def part_of(folder):
+    return folder / f"{ranks.number() + 1}-of-{ranks.count()}.safetensors"
 
 
 def optimizer_tensors(optimizer):
@@ -164,6 +211,7 @@ def optimizer_tensors(optimizer):
     return {f"{number}.{key}": value for number, state in states for key, value in state.items()}
 
 
+@torch.no_grad()
 def load_optimizer(optimizer, tensors):
     """What optimizer_tensors gave, back into an optimizer of the same parameters."""
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -172,4 +220,6 @@ def load_optimizer(optimizer, tensors):
     for name, value in tensors.items():
         number, key = name.split(".")
         parameter = parameters[int(number)]
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        state = value if key == "step" else torch.zeros_like(parameter)
+        ranks.local(state)[0].copy_(value)
+        optimizer.state[parameter][key] = state

@@ -24,6 +24,7 @@ import torch
 from matplotlib.figure import Figure
 
 import plan
+import ranks
 from command import exit_code
 from data import TEMPLATES, Tokenizer, outputs_for, pad_responses, prepare_prompts, read_json, read_prompts
 from data import append_line, remove, write_figure, write_json, write_lines
@@ -60,8 +61,9 @@ class TrainConfig(RoundConfig):
     seed: int = 0  # of everything random
     device: str = "cpu"  # a torch device
     dtype: str = "float32"  # of the policy's weights
+    judge_dtype: str | None = None  # of the judge's weights; unset: as its checkpoint has them
     plan: bool = False  # only print memory, tokens, operations, hours and disk that the run would take
-    gpus: int = 1  # how many the plan is for
+    gpus: int = 1  # how many the plan is for; a run has as many as torchrun starts processes
     gpu: str = "h100"  # which kind the plan is for
 
 
@@ -71,6 +73,7 @@ SMALL_LOGITS = 2**23  # numbers: a batch whose logits are no more is scored in o
 CHOICES = {
     "loss": ("sppo", *PAIR_LOSSES), "target": TARGETS, "select": ("best-worst", "all"),
     "optimizer": ("rmsprop", "adamw"), "template": TEMPLATES, "dtype": tuple(DTYPES), "gpu": tuple(plan.GPUS),
+    "judge_dtype": tuple(DTYPES),
 }  # fmt: skip
 
 PRESETS = {
@@ -91,7 +94,7 @@ PRESETS = {
     "mistral-7b": dict(
         rounds=3, samples=5, select="best-worst", eta=1000.0, lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=18,
         batch=64, micro_batch=1, optimizer="rmsprop", temperature=1.0, top_p=1.0, max_new_tokens=2048,
-        template="mistral", dtype="bfloat16", recompute=True, pool=32,
+        template="mistral", dtype="bfloat16", judge_dtype="bfloat16", recompute=True, pool=32,
     ),
 }  # fmt: skip
 
@@ -159,17 +162,19 @@ class TextGame:
 
     def sample(self, prompts, stage=0):
         config = self.config
-        return generate(
-            self.policy, [prompt.ids for prompt in prompts], config.samples, config.max_new_tokens, self.tokenizer.eos,
-            config.temperature, config.top_p, self.generator(stage), config.pool, self.progress,
-        )  # fmt: skip
+        seeds = torch.randint(2**62, (len(prompts), config.samples), generator=self.generator(stage)).tolist()
+        ids = [prompt.ids for prompt in prompts]
+        return ranks.joined(generate(
+            self.policy, ranks.share(ids), config.samples, config.max_new_tokens, self.tokenizer.eos, config.temperature,
+            config.top_p, seeds=ranks.share(seeds), rows=config.pool, progress=self.progress,
+        ))  # fmt: skip
 
     def judge(self, prompts, responses):
         """The judge's tables (N, K, K), a few dozen prompts at a time; ValueError names a prompt whose table is none.
 
         With --opponents K + M rows: each prompt's M outside responses stand behind its own.
         """
-        tables = []
+        tables, prompts, responses = [], ranks.share(prompts), ranks.share(responses)
         for start in range(0, len(prompts), JUDGED_TOGETHER):
             some = prompts[start : start + JUDGED_TOGETHER]
             outside = [self.opponents.get(prompt.text, []) for prompt in some]
@@ -177,7 +182,7 @@ class TextGame:
             table = checked_tables(self.judge_model, [prompt.text for prompt in some], texts, self.config.judge)
             tables.append(table)
             self.progress.update(len(table))
-        return torch.cat(tables)
+        return torch.cat(ranks.joined(tables))
 
     def texts(self, prompt, responses):
         return [self.tokenizer.response_text(prompt.ids, response, self.config.template) for response in responses]
@@ -189,7 +194,7 @@ class TextGame:
         if tokens.numel() * self.policy.config.vocab_size <= SMALL_LOGITS:
             logps = sequence_logps(self.policy(tokens), tokens, mask)
         else:
-            logps = chunked_logps(self.policy.model(tokens), self.policy.head, tokens, mask)
+            logps = self.policy(tokens, lambda hidden, head: chunked_logps(hidden, head, tokens, mask))
         logps = logps.view(len(prompts), -1)
         if self.progress is not None:
             self.progress.update(len(prompts))
@@ -201,7 +206,8 @@ class TextGame:
     def log(self, **step):
         """Called after each optimizer step: seen in the bar and in metrics.jsonl, which is rewritten behind the round."""
         self.progress.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
-        append_line(Path(self.config.out) / "metrics.jsonl", {"round": self.number} | step)
+        if ranks.first():
+            append_line(Path(self.config.out) / "metrics.jsonl", {"round": self.number} | step)
 
     def previous(self, prompts, responses, win_rate):
         """Win rates (N, K) of the responses against as many of π_{t-1}; in round 1, which has none, those against π_1."""
@@ -283,28 +289,36 @@ def load(config):
     prompts = load_prompts(config, tokenizer, sizes.max_position_embeddings)  # before the weights, which take longer
     policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
     policy.model.recompute = config.recompute
-    return policy, tokenizer, load_judge(config.judge, config.device), prompts
+    return policy, tokenizer, load_judge(config.judge, config.device, config.judge_dtype), prompts
 
 
 def run(config):
     """Play all rounds of a run, or those that are missing. Returns the lines of metrics.jsonl."""
     check(config)
+    ranks.start(config.device)
     policy, tokenizer, judge, prompts = load(config)
     opponents = load_opponents(config, prompts)
-    claim(config)
+    if ranks.first():
+        claim(config)
+    ranks.meet()
+    if (fewest := min(map(len, prompts))) < ranks.count():
+        raise ValueError(f"{config.prompts}: {fewest} prompts a round are fewer than the {ranks.count()} processes")
     out, lines, drawn = Path(config.out), [], time.monotonic()
     for number, part in enumerate(prompts, 1):
         start, game = time.monotonic(), TextGame(config, policy, tokenizer, judge, number, opponents)
-        stages, saver = Stages(config, game, part), Saver(round_folder(config, number) / "fit.safetensors", config.save_minutes)
+        stages, saver = Stages(config, game, part), Saver(round_folder(config, number), config.save_minutes)
         result = sppo_round(game, part, config, game.generator(1), stages, game.log, saver)
-        saver.done()
         lines += [{"round": number} | step for step in result["steps"]]
         lines.append(summary(number, result, tokenizer.eos))
+        if not ranks.first():
+            continue
+        saver.done()
         write_lines(out / "metrics.jsonl", lines)
         print(describe(lines[-1], config), f"{time.monotonic() - start:.1f} s, {peak_memory(config):.2f} GB", flush=True)
         if number == config.rounds or time.monotonic() - drawn > 60:
             draw(lines, out / "curves.png")
             drawn = time.monotonic()
+    ranks.stop()
     return lines
 
 
@@ -372,16 +386,22 @@ def prepare_debugging(config):
 def main(arguments=None):
     config = parse_config(arguments)
 
+    continues = f"the same command continues behind the last finished stage in {config.out}"
+
     def work():
         if config.policy == PRESETS["debug"]["policy"]:
             prepare_debugging(config)
         if config.plan:
             check(config)
-            plan.print_plan(plan.plan(config, config.gpus, config.gpu))
-        else:
+            return plan.print_plan(plan.plan(config, config.gpus, config.gpu))
+        try:
             run(config)
+        except RuntimeError as error:
+            if not ranks.lost(error):
+                raise
+            raise ConnectionError(f"another process of this run is gone; {continues}") from None
 
-    return exit_code("train.py", work, f"stopped; the same command continues behind the last finished stage in {config.out}")
+    return exit_code("train.py", work, f"stopped; {continues}")
 
 
 if __name__ == "__main__":

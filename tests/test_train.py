@@ -4,25 +4,19 @@ Runs are of the small world for the debugger, a fraction of a second long. Those
 are played in processes forked from a server that has imported everything.
 """
 
-import builtins
-import functools
 import json
-import multiprocessing
-import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # the first optimizer imports it, a second and a half: once here, not in every child
+from children import Child, content, flags
 from conftest import ROOT, letters, tiny_run, tiny_settings
 from safetensors.torch import load_file
 
@@ -54,15 +48,6 @@ def run(world, out, **changes):
     return train.run(tiny_settings(world, out, **changes))
 
 
-def flags(config):
-    """The command line that gives these settings."""
-    given = []
-    for name, value in asdict(config).items():
-        flag = "--" + name.replace("_", "-")
-        given += [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)] * (value is not None)
-    return given
-
-
 def refused(capsys, world, out, *more, **changes):
     """The one line with which the command ends, exit code 2."""
     assert train.main([*flags(tiny_settings(world, out, **changes)), *more]) == 2
@@ -74,12 +59,6 @@ def refused(capsys, world, out, *more, **changes):
 
 def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def content(folder):
-    """{path: bytes} of what a run must come to whatever stopped it: all but timings and the figure."""
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name not in ("timings.jsonl", "curves.png")}
 
 
 def write_prompts(path, *prompts):
@@ -307,75 +286,6 @@ def test_control_c_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ killed and full disk
-
-
-def in_child(arguments, told, moment, limit):
-    """The body of a child process: the command, talking into a pipe, to be killed at a moment or with short files."""
-    os.dup2(told.fileno(), 1)
-    os.dup2(told.fileno(), 2)
-    torch.set_num_threads(1)
-    train.draw = lambda lines, path: None
-    if moment:
-        arm(*moment)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    sys.exit(train.main(arguments))
-
-
-def arm(when, ending, count):
-    """Have this process killed at its count-th operation of a kind on a path with this ending."""
-
-    def deadly(operation, kind, path_of):
-        def call(*arguments, **options):
-            nonlocal count
-            hit = when in kind and str(path_of(*arguments)).endswith(ending)
-            count -= hit
-            if hit and count == 0 and when == "half":
-                Path(arguments[1]).write_bytes(b"half of the bytes")
-            if when != "after" and hit and count == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            value = operation(*arguments, **options)
-            if hit and count == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return value
-
-        return call
-
-    def appended(path, mode="r", *more):
-        return path if mode == "a" else ""
-
-    os.replace = deadly(os.replace, ("before", "after"), lambda source, target: target)
-    transformer.save_file = deadly(transformer.save_file, ("half",), lambda tensors, path: path)
-    builtins.open = deadly(builtins.open, ("append",), appended)
-
-
-@functools.cache
-def processes():
-    """Where children come from: a server that has imported this file, so that each starts at once and without threads."""
-    context, before = multiprocessing.get_context("forkserver"), os.environ.get("PYTHONPATH", "")
-    context.set_forkserver_preload(["test_train"])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])  # it does not take over sys.path
-    forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = before
-    return context
-
-
-class Child:
-    """The command in a process of its own."""
-
-    def __init__(self, config, moment=None, limit=None):
-        self.reader, writer = processes().Pipe(duplex=False)
-        self.process = processes().Process(target=in_child, args=(flags(config), writer, moment, limit))
-        self.process.start()
-        writer.close()
-
-    def end(self):
-        """(exit code, all it said); the code is -9 of a process that was killed."""
-        told = b""
-        while part := os.read(self.reader.fileno(), 1 << 16):
-            told += part
-        self.process.join(60)
-        return self.process.exitcode, told.decode()
 
 
 @pytest.fixture(scope="module")
@@ -699,23 +609,25 @@ def test_a_fit_that_is_stopped_continues_behind_its_last_saved_step_to_the_same_
     monkeypatch.setattr(train.TextGame, "log", stopped)
     with pytest.raises(KeyboardInterrupt):
         tiny_run(world, tmp_path / "stopped", **settings)
-    assert (tmp_path / "stopped/round-01/fit.safetensors").exists() and not (tmp_path / "stopped/round-01/policy").exists()
+    assert [path.name for path in (tmp_path / "stopped/round-01").glob("fit-*")] == ["fit-3"]
+    assert not (tmp_path / "stopped/round-01/policy").exists()
     assert tiny_run(world, tmp_path / "stopped", **settings) == whole_run
     assert len(calls) == 1 + 2 * 4 * 2  # the step that was lost, and every other one once
     for name in ("round-01", "round-02"):
         a, b = (tmp_path / run / name / "policy/model.safetensors" for run in ("whole", "stopped"))
         assert a.read_bytes() == b.read_bytes()
-    assert not list((tmp_path / "stopped").rglob("fit.safetensors"))
+    assert not list((tmp_path / "stopped").rglob("fit-*"))
 
 
 def test_a_fit_is_not_saved_before_it_is_time_and_a_damaged_state_is_named(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train.TextGame, "log", lambda game, **step: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tiny_run(world, tmp_path / "run")
-    state = tmp_path / "run/round-01/fit.safetensors"
+    state = tmp_path / "run/round-01/fit-1"
     assert not state.exists()
-    state.write_bytes(b"not a tensor")
-    with pytest.raises(ValueError, match="fit.safetensors: not the state of this fit .*delete it to begin the stage again"):
+    state.mkdir()
+    (state / "1-of-1.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="1-of-1.safetensors: not the state of this fit .*delete .*fit-1 to begin"):
         tiny_run(world, tmp_path / "run", save_minutes=5)
 
 
