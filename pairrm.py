@@ -72,14 +72,15 @@ class PairRMConfig:
 # ------------------------------------------------------------------------------------------------ the encoder
 
 
-def relative_index(T, buckets, furthest):
+def relative_index(T, buckets, furthest, device=None):
     """(T, T) row of the relative embeddings for query i and key j: exact to ±buckets/2, then logarithmic to ±furthest."""
-    distance = torch.arange(T)[:, None] - torch.arange(T)  # i - j
+    distance = torch.arange(1 - T, T)  # each i - j once
     middle = buckets // 2
     far = distance.abs().clamp(min=middle).double()  # of the near ones, the logarithm is not looked at
     logarithmic = torch.ceil(torch.log(far / middle) / math.log((furthest - 1) / middle) * (middle - 1)) + middle
     bucket = torch.where(distance.abs() <= middle, distance, distance.sign() * logarithmic.long())
-    return (bucket + buckets).clamp(0, 2 * buckets - 1)
+    position = torch.arange(T, device=device)
+    return (bucket + buckets).clamp(0, 2 * buckets - 1).to(device)[position[:, None] - position + T - 1]
 
 
 class DisentangledAttention(nn.Module):
@@ -136,7 +137,7 @@ class Encoder(nn.Module):
         })  # fmt: skip
 
     def forward(self, tokens, mask):
-        index = relative_index(tokens.shape[1], self.buckets, self.furthest).to(tokens.device)
+        index = relative_index(tokens.shape[1], self.buckets, self.furthest, tokens.device)
         relative = self.encoder["LayerNorm"](self.encoder["rel_embeddings"].weight)
         x = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](tokens)) * mask[..., None]
         for layer in self.encoder["layer"]:
