@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from command import exit_code
 from data import TEMPLATES, Tokenizer, outputs_for, pad_responses, prepare_prompts, prompt_text, read_json, read_prompts
-from data import vacant, whole, write_figure, write_json
+from data import new_figure, vacant, whole, write_figure, write_json
 from judge_report import checked_tables
 from length_controlled import GAMED, lc, length_controlled_from_weights, length_controlled_win_rate  # noqa: F401
 from model import DTYPES, Transformer, check_device, generate, load_weights
@@ -234,7 +233,7 @@ def matrix(judge, args, prompts, generator):
 
 
 def draw_matrix(names, table):
-    figure = Figure(figsize=(7.2, 6), layout="constrained")
+    figure = new_figure(7.2, 6)
     axes = figure.subplots()
     image = axes.imshow(table, cmap="PuOr", vmin=0, vmax=1)
     places = range(0, len(names), max(1, len(names) // 12))

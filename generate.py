@@ -322,7 +322,7 @@ def generate(
 
     `logps`, a list, gets N lists of K lists: log π of each token, untempered. `progress` is a tqdm bar, moved once a
     finished response. ValueError: a prompt leaves no room for max_new_tokens in the model's context, or the cache for
-    one row.
+    the smallest pool; or seeds are not K for a prompt.
     """
     N, K, context = len(prompts), samples_per_prompt, model.config.max_position_embeddings
     size = max(map(len, prompts), default=0) + max_new_tokens
@@ -333,6 +333,8 @@ def generate(
             f"together more than the model's context of {context} (max_position_embeddings)"
         )
     seeds = draw_seeds(N, K, generator) if seeds is None else seeds
+    if any(len(row) != K for row in seeds):
+        raise ValueError(f"seeds are {[len(row) for row in seeds]} for the prompts, expected {K} for each")
     responses = [[Response(prompt, seed) for seed in row] for prompt, row in zip(prompts, seeds, strict=True)]
     parameter = next(model.parameters())
     shape = pool_shape(model.config, min(rows, N * K), size, cache_bytes, parameter.dtype)

@@ -9,9 +9,9 @@ votes for the first, in [0, 1], ½ for a tie; L is the preference's logit. Turni
 from collections import defaultdict
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from data import new_figure
 from sppo import win_rates
 
 BINS = 10  # of confidence, from ½ to 1
@@ -240,7 +240,7 @@ def print_report(result):
 
 def draw(result):
     """Left: reliability. Right: how often the longer response wins, by the difference of their lengths."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = new_figure(10, 4.4)
     reliability, length = figure.subplots(1, 2)
     bins = result["bins"]
     confidence, share, area = zip(*[(row["confidence"], row["share"], 20 + 400 * row["pairs"] / result["pairs"]) for row in bins])

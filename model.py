@@ -345,12 +345,15 @@ def load_weights(module, folder, prefix="", unused=()):
     for name in files.keys() - parameters.keys():
         if not name.startswith((*unused, *tied)) and not name.endswith(("rotary_emb.inv_freq", "position_ids")):
             raise ValueError(f"{files[name]}: unexpected tensor {name}, which this architecture does not have")
+    path, read = None, 0
     for name, parameter in parameters.items():
         rows, (own, begin) = max(1, BLOCK_BYTES * len(parameter) // parameter.nbytes), ranks.local(parameter)
         for part, start in zip(own.split(rows), range(begin, begin + len(own), rows)):
-            with open_weights(files[name]) as file:  # and with it goes what it has mapped
-                tensor = find_tensor(file, files[name], name, tuple(parameter.shape))
-                part.copy_(tensor[start : start + len(part)])
+            if path != files[name] or read > BLOCK_BYTES:
+                path, file, read = files[name], open_weights(files[name]), 0  # the one before goes, with what it has mapped
+            tensor = find_tensor(file, path, name, tuple(parameter.shape))
+            part.copy_(tensor[start : start + len(part)])
+            read += part.nbytes
 
 
 def find_tensor(file, path, name, shape):

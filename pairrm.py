@@ -72,15 +72,22 @@ class PairRMConfig:
 # ------------------------------------------------------------------------------------------------ the encoder
 
 
-def relative_index(T, buckets, furthest, device=None):
-    """(T, T) row of the relative embeddings for query i and key j: exact to ±buckets/2, then logarithmic to ±furthest."""
-    distance = torch.arange(1 - T, T)  # each i - j once
+def relative_index(distance, buckets, furthest):
+    """Rows of the relative embeddings for distances i - j: exact to ±buckets/2, then logarithmic to ±furthest."""
     middle = buckets // 2
     far = distance.abs().clamp(min=middle).double()  # of the near ones, the logarithm is not looked at
     logarithmic = torch.ceil(torch.log(far / middle) / math.log((furthest - 1) / middle) * (middle - 1)) + middle
     bucket = torch.where(distance.abs() <= middle, distance, distance.sign() * logarithmic.long())
-    position = torch.arange(T, device=device)
-    return (bucket + buckets).clamp(0, 2 * buckets - 1).to(device)[position[:, None] - position + T - 1]
+    return (bucket + buckets).clamp(0, 2 * buckets - 1)
+
+
+def shifted(x):
+    """(B, H, T, 2T - 1), a column for each distance from T - 1 down to 1 - T -> (B, H, T, T), at (i, j) that of i - j.
+
+    Row i + 1 begins one column further left than row i, so this is a view with another stride, and nothing is copied.
+    """
+    B, H, T, columns = x.shape
+    return x.contiguous().as_strided((B, H, T, T), (H * T * columns, T * columns, columns - 1, 1), T - 1)
 
 
 class DisentangledAttention(nn.Module):
@@ -96,15 +103,14 @@ class DisentangledAttention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # (..., T, D) -> (..., H, T, Dh)
 
-    def forward(self, x, mask, relative, index):
-        """x (B, T, D), mask (B, T) True on real tokens, relative (R, D) embeddings, index (T, T) into them."""
+    def forward(self, x, mask, relative):
+        """x (B, T, D), mask (B, T) True on real tokens, relative (2T - 1, D) embeddings of the distances from T - 1 to 1 - T."""
         q, k, v = (self.split(self.self[name](x)) for name in ("query_proj", "key_proj", "value_proj"))  # (B, H, T, Dh)
-        pq, pk = self.split(self.self["query_proj"](relative)), self.split(self.self["key_proj"](relative))  # (H, R, Dh)
-        shape = (*q.shape[:2], *index.shape)  # (B, H, T, T)
-        content_to_position = (q @ pk.mT).gather(-1, index.expand(shape))
-        position_to_content = (k @ pq.mT).gather(-1, index.T.expand(shape)).mT
+        pq, pk = self.split(self.self["query_proj"](relative)), self.split(self.self["key_proj"](relative))  # (H, 2T - 1, Dh)
         scale = 1 / math.sqrt(3 * q.shape[-1])
-        bias = (scale * (content_to_position + position_to_content)).masked_fill(~mask[:, None, None], -math.inf)
+        content_to_position = shifted(q @ (scale * pk).mT)  # (B, H, T, T)
+        position_to_content = shifted(k @ (scale * pq).flip(1).mT).mT  # at (j, i) the distance is -(j - i)
+        bias = (content_to_position + position_to_content).masked_fill_(~mask[:, None, None], -math.inf)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         return self.output["LayerNorm"](self.output["dense"](heads.transpose(1, 2).flatten(2)) + x)
 
@@ -117,8 +123,8 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, wide)})
         self.output = nn.ModuleDict({"dense": nn.Linear(wide, D), "LayerNorm": nn.LayerNorm(D, config.layer_norm_eps)})
 
-    def forward(self, x, mask, relative, index):
-        x = self.attention(x, mask, relative, index)
+    def forward(self, x, mask, relative):
+        x = self.attention(x, mask, relative)
         return self.output["LayerNorm"](self.output["dense"](F.gelu(self.intermediate["dense"](x))) + x)
 
 
@@ -137,11 +143,12 @@ class Encoder(nn.Module):
         })  # fmt: skip
 
     def forward(self, tokens, mask):
-        index = relative_index(tokens.shape[1], self.buckets, self.furthest, tokens.device)
-        relative = self.encoder["LayerNorm"](self.encoder["rel_embeddings"].weight)
+        T = tokens.shape[1]
+        index = relative_index(torch.arange(T - 1, -T, -1), self.buckets, self.furthest).to(tokens.device)
+        relative = self.encoder["LayerNorm"](self.encoder["rel_embeddings"].weight)[index]
         x = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](tokens)) * mask[..., None]
         for layer in self.encoder["layer"]:
-            x = layer(x, mask, relative, index)
+            x = layer(x, mask, relative)
         return x
 
 

@@ -84,9 +84,9 @@ def causal_flops(module, end, begin=0):
 
 
 def pairrm_flops(module, T):
-    """A row of T tokens: content with content, and with 2 × position_buckets relative positions both ways."""
+    """A row of T tokens: content with content, and with 2T - 1 relative positions both ways."""
     config = module.config
-    return 2 * multiplied(module) * T + 4 * config.num_hidden_layers * config.hidden_size * T * (T + 2 * config.position_buckets)
+    return 2 * multiplied(module) * T + 4 * config.num_hidden_layers * config.hidden_size * T * (3 * T - 1)
 
 
 # ------------------------------------------------------------------------------------------------ what is there
@@ -256,7 +256,7 @@ class Work:
         if not isinstance(judge, PairRM):
             return PREFERENCE_ROWS * T * saved_bytes(sizes, width)
         rows = max(1, PAIRRM_TOKENS // T)
-        tables = 4 * rows * sizes.num_attention_heads * T * T  # two position terms, their sum, the masked sum
+        tables = 5 * rows * sizes.num_attention_heads * T * T  # two position terms of 2T - 1 columns, and their sum
         return width * (tables + rows * T * (2 * sizes.intermediate_size + 6 * sizes.hidden_size))
 
     def advice(self, stage, parts, room):

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 import judge_report
 from command import exit_code
-from data import TEMPLATES, Tokenizer, pad, read_json, read_pairs, vacant, whole, write_figure, write_json, write_lines
+from data import TEMPLATES, Tokenizer, new_figure, pad, read_json, read_pairs, vacant, whole
+from data import write_figure, write_json, write_lines
 from human import Human as human  # noqa: F401  --judge prefmodel:human
 from judge_report import checked_tables
 from model import DTYPES, Decoder, ModelConfig, check_device, initialize, load_pretrained, load_weights, save_checkpoint
@@ -370,7 +370,7 @@ def train(args):
 
 def learning_curves(steps):
     """Loss against pairs seen: of each training batch, and on the held-out pairs behind each epoch."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure = new_figure(6.5, 4.2)
     axes = figure.subplots()
     training, held_out = ([row for row in steps if key in row] for key in ("loss", "held_out_loss"))
     for rows, key, look, name in ((training, "loss", "-", "training batch"), (held_out, "held_out_loss", "o-", "held-out pairs")):

@@ -114,7 +114,8 @@ def chunked_logps(hidden, head, tokens, mask, rows=128):
     """
     used = mask[:, 1:]  # position t predicts token t + 1
     chunks = zip(hidden[:, :-1][used].split(rows), tokens[:, 1:][used].split(rows))
-    logp = torch.cat([checkpoint(_token_logps, head, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])  # (R,)
+    plain = dict(use_reentrant=False, preserve_rng_state=False)
+    logp = torch.cat([checkpoint(_token_logps, head, *chunk, **plain) for chunk in chunks])  # (R,)
     return torch.zeros(used.shape, device=logp.device).masked_scatter(used, logp).sum(-1)
 
 

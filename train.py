@@ -21,13 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import plan
 import ranks
 from command import exit_code
 from data import TEMPLATES, Tokenizer, outputs_for, pad_responses, prepare_prompts, read_json, read_prompts
-from data import append_line, remove, write_figure, write_json, write_lines
+from data import append_line, new_figure, remove, write_figure, write_json, write_lines
 from judge_report import checked_tables
 from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
 from prefmodel import load_judge
@@ -349,7 +348,7 @@ def draw(lines, path):
     """curves.png: what each optimizer step and each round did."""
     steps = [row for row in lines if "loss" in row]
     rounds = [row for row in lines if "loss" not in row]
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = new_figure(11, 6.5)
     axes = figure.subplots(2, 2)
     position, number = range(1, len(steps) + 1), [row["round"] for row in rounds]
     blue, orange, grey = "#0072B2", "#D55E00", "#777777"
