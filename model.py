@@ -358,9 +358,10 @@ def load_weights(module, folder, prefix="", unused=()):
 
 def find_tensor(file, path, name, shape):
     """A tensor of an open file, not read yet. ValueError if it is not there, or has another shape."""
-    if name not in file.keys():
-        raise ValueError(f"{path}: tensor {name} is missing, but the index places it here")
-    tensor = file.get_slice(name)
+    try:
+        tensor = file.get_slice(name)
+    except SafetensorError:
+        raise ValueError(f"{path}: tensor {name} is missing, but the index places it here") from None
     if (found := tuple(tensor.get_shape())) != shape:
         raise ValueError(f"{path}: tensor {name} is {found}, expected {shape}")
     return tensor

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from data import Tokenizer, prompt_text, read_json, read_outputs, read_prompts
+from generate import PREFILL_TOKENS, pool_shape, position_bytes
 from model import DTYPES, ModelConfig, Transformer
-from pairrm import PairRM, PairRMConfig
+from pairrm import GPU_TOKENS, PairRM, PairRMConfig
 from prefmodel import PreferenceModel, split_spec
 
 # Bytes a second, and dense operations a second with 2- and 4-byte numbers, from NVIDIA's data sheets of H100, H200 and A100 80GB,
@@ -38,14 +39,14 @@ ASSUMED = {
     "response": 1 / 3,  # mean response, as a share of --max-new-tokens
     "bandwidth": 0.5,  # share of the memory bandwidth that decoding reaches
     "living": 0.85,  # share of the pool's rows that write; the others wait for the next refill
-    "launch": 3e-4,  # seconds that Python needs to launch the 50 kernels or so of one layer, one token
+    "launch": 1.2e-4,  # seconds for the 50 kernels or so of one layer, one token, however little they do
     "prefill": 0.4, "judge": 0.25, "score": 0.4, "fit": 0.35,  # share of the peak operations, padding and communication included
     "chunk": 128,  # positions whose logits exist at a time in score and fit (sppo.chunked_logps)
     "json": 11.5,  # bytes of a token in responses.jsonl: its text, the digits of its id, a comma
 }  # fmt: skip
 
 SAMPLED = 500  # prompts that are tokenised; up to twice as many are tokenised all
-PAIRRM_TOKENS, PREFERENCE_ROWS = 8192, 64  # what the two kinds of judge read at a time
+PREFERENCE_ROWS = 64  # that a PreferenceModel reads at a time
 
 # ------------------------------------------------------------------------------------------------ shapes
 
@@ -63,11 +64,6 @@ def multiplied(module):
     """Parameters that a token is multiplied by: all but embeddings that are only looked up."""
     lookups = sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Embedding))
     return parameters(module) - (0 if isinstance(module, Transformer) and module.config.tie_word_embeddings else lookups)
-
-
-def cache_bytes(config, width):
-    """Keys and values of one position in all layers: a KVCache without its lengths, divided by rows × size."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * width
 
 
 def saved_bytes(config, width):
@@ -163,7 +159,10 @@ class Work:
         self.positions = self.prompts["longest"] + config.max_new_tokens  # of the longest row
         self.total = self.prompts["count"] * (config.rounds if config.reuse_prompts else 1)  # prompts of all rounds
         self.N = math.ceil(self.total / config.rounds)
-        self.rows = min(config.pool, math.ceil(self.N / gpus) * config.samples)  # of a GPU's pool
+        self.position = position_bytes(self.policy.config, DTYPES[config.dtype])  # of the cache
+        rows = min(config.pool, math.ceil(self.N / gpus) * config.samples)
+        self.shape = pool_shape(self.policy.config, rows, self.positions, config.cache_bytes, DTYPES[config.dtype])
+        self.rows = min(rows, self.shape[0])  # of a GPU's pool
 
     def judge_width(self, judge):
         return DTYPES[self.config.judge_dtype or judge.config.dtype].itemsize
@@ -178,7 +177,7 @@ class Work:
         written, row = N * self.config.samples * r, causal_flops(self.policy, p + r, p)
         reach = p + min(3 * r, self.config.max_new_tokens)  # all caches are read as far as the furthest row is
         step = max(
-            (parameters(self.policy) * width + self.rows * reach * cache_bytes(sizes, width))
+            (parameters(self.policy) * width + self.rows * reach * self.position)
             / (self.gpu["bandwidth"] * ASSUMED["bandwidth"]),
             self.rows * row / r / (self.gpu["flops"][width] * ASSUMED["prefill"]),
             sizes.num_hidden_layers * ASSUMED["launch"],
@@ -227,12 +226,9 @@ class Work:
         # A block, embedding and head are whole on each GPU while they are computed with, and then their gradients.
         gathered = width * (P - (layers - 1) * parameters(self.policy.model.layers[0])) if self.gpus > 1 else 0
 
-        cache = self.rows * self.positions * cache_bytes(sizes, width)
-        prefix = (self.rows // config.samples + 1) * self.prompts["longest"] * cache_bytes(sizes, width)
-        repeated = 2 * self.rows * self.positions * sizes.num_attention_heads * sizes.head_dim * width  # k, v of each query head
-        step = repeated + 24 * self.rows * V  # probabilities, also in float64
-        sample = fixed | {"cache": cache}
-        sample["workspace"] = prefix + max(step, cache / 2)  # cache/2: a pool that shrinks is copied
+        together = max(PREFILL_TOKENS, self.prompts["longest"])  # tokens of the prompts that are computed at a time
+        sample = fixed | {"cache": math.prod(self.shape) * self.position}
+        sample["workspace"] = together * (self.position + saved_bytes(sizes, width)) + 16 * self.rows * V  # probabilities
 
         tokens = config.micro_batch * self.selected * self.positions  # of a forward pass
         block, chunk = tokens * saved_bytes(sizes, width), min(tokens, ASSUMED["chunk"]) * V
@@ -255,7 +251,7 @@ class Work:
         T = math.ceil(self.judged(judge, self.prompts["longest"] * ratio, self.config.max_new_tokens * ratio))
         if not isinstance(judge, PairRM):
             return PREFERENCE_ROWS * T * saved_bytes(sizes, width)
-        rows = max(1, PAIRRM_TOKENS // T)
+        rows = max(1, GPU_TOKENS // T)
         tables = 5 * rows * sizes.num_attention_heads * T * T  # two position terms of 2T - 1 columns, and their sum
         return width * (tables + rows * T * (2 * sizes.intermediate_size + 6 * sizes.hidden_size))
 
@@ -263,7 +259,7 @@ class Work:
         """What makes a stage smaller that does not fit."""
         if sum(size for part, size in parts.items() if part not in ("cache", "workspace", "activations", "logits")) >= room:
             return "--dtype bfloat16 or more GPUs" if self.width == 4 else "more GPUs" if stage == "fit" else "a smaller model"
-        flag = {"sample": "pool", "judge": "max_new_tokens"}.get(stage, "micro_batch")
+        flag = {"sample": "cache_gb" if self.config.cache_gb else "pool", "judge": "max_new_tokens"}.get(stage, "micro_batch")
         return "lower --" + ("max_new_tokens" if getattr(self.config, flag) == 1 else flag).replace("_", "-")
 
     def disk(self, N):
@@ -275,6 +271,11 @@ class Work:
             "preferences": 4 * N * K * (K + 1),
             "logps": 4 * N * self.selected,
         }
+
+    def unfinished(self):
+        """Bytes on disk while a fit is unfinished: weights and optimizer state, and their successors until those are whole."""
+        state = 4 if self.config.optimizer == "rmsprop" else 2 * self.held
+        return 2 * parameters(self.policy) * (self.held + state) if self.config.save_minutes < math.inf else 0
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -310,7 +311,8 @@ def plan(config, gpus=1, gpu="h100", mean_response_tokens=None):
         "prompts": work.prompts | {"a_round": N}, "response": {"mean": response, "longest": config.max_new_tokens},
         "fits": work.positions <= context and all(stage["fits"] for stage in stages.values()), "stages": stages,
         "in_all": add(*(stage["in_all"] for stage in stages.values())), "disk": work.disk(N),
-        "disk_in_all": sum(work.disk(total).values()) + (config.rounds - 1) * work.disk(0)["policy"], "assumed": dict(ASSUMED),
+        "disk_in_all": sum(work.disk(total).values()) + (config.rounds - 1) * work.disk(0)["policy"],
+        "disk_unfinished": work.unfinished(), "pool": work.rows, "assumed": dict(ASSUMED),
     }  # fmt: skip
 
 
@@ -329,7 +331,8 @@ def describe(result):
         f"policy     {policy['parameters']:,} parameters in {policy['dtype']}",
         f"judge      {'; '.join(judges) or 'a rule, not counted'}",
         f"prompts    {prompts['a_round']:,} a round, {mean(prompts['mean'], '', prompts['longest'])} ({how})",
-        f"responses  {result['samples']} a prompt, {mean(response['mean'], ' (assumed)', response['longest'])}",
+        f"responses  {result['samples']} a prompt, {mean(response['mean'], ' (assumed)', response['longest'])}; "
+        f"{result['pool']} decode together",
     ]
     if (longest := prompts["longest"] + response["longest"]) > policy["context"]:
         lines.append(f"does not fit: {longest:,} tokens in the policy's context of {policy['context']:,}; lower --max-new-tokens")
@@ -343,7 +346,8 @@ def describe(result):
     disk = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in result["disk"].items())
     of_peak = ", ".join(f"{stage} {a[stage]:.0%}" for stage in ("prefill", "judge", "score", "fit"))
     return lines + [
-        f"disk       {sum(result['disk'].values()) / 1e9:.1f} GB a round ({disk}), {result['disk_in_all'] / 1e9:.1f} GB in all",
+        f"disk       {sum(result['disk'].values()) / 1e9:.1f} GB a round ({disk}), {result['disk_in_all'] / 1e9:.1f} GB in all;",
+        f"           besides, while a fit is unfinished, up to {result['disk_unfinished'] / 1e9:.1f} GB",
         f"assumed, not measured: decoding at {a['bandwidth']:.0%} of the bandwidth, {a['living']:.0%} of the pool alive, "
         f"{a['launch'] * 1e3:.1f} ms a layer and step at least;",
         f"    of the peak operations {of_peak}; logits of {a['chunk']:,} positions and activations of one layer at a time;",

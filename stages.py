@@ -38,7 +38,7 @@ def round_policies(run):
 
 
 LOWER = {  # what takes less memory in which stage
-    "responses": "lower --pool or --max-new-tokens",
+    "responses": "lower --pool or --cache-gb",
     "preferences": "judge with a smaller model, or on another --device",
     "policy": "lower --micro-tokens or --micro-batch, or add --recompute",
 }

@@ -27,8 +27,9 @@ import ranks
 from command import exit_code
 from data import TEMPLATES, Tokenizer, outputs_for, pad_responses, prepare_prompts, read_json, read_prompts
 from data import append_line, new_figure, remove, write_figure, write_json, write_lines
+from generate import draw_seeds, generate
 from judge_report import checked_tables
-from model import DTYPES, ModelConfig, Transformer, check_device, generate, load_weights
+from model import DTYPES, ModelConfig, Transformer, check_device, load_weights
 from prefmodel import load_judge
 from sppo import PAIR_LOSSES, TARGETS, RoundConfig, chunked_logps, score, sequence_logps, sppo_round
 from stages import Saver, Stages, peak_memory, policy_folder, read_responses, round_folder
@@ -54,7 +55,8 @@ class TrainConfig(RoundConfig):
     template: str = "mistral"  # mistral: [INST] chat; plain: BOS, then the prompt as text to be continued
     reference: str = ""  # checkpoint folder of μ (target regularized); unset: the policy that the run starts from
     reference_every: int = 0  # every so many rounds μ becomes the current policy (a moving reference); 0: never
-    pool: int = 256  # rows that decode together
+    pool: int = 256  # rows that decode together, at most
+    cache_gb: float = 0.0  # memory for their keys and values; the pool has as many rows as fit. 0: no limit
     recompute: bool = False  # run each layer again in the backward pass instead of keeping what it computed
     save_minutes: float = 10.0  # how often an unfinished fit keeps its state; a stage that is killed loses no more
     seed: int = 0  # of everything random
@@ -64,6 +66,10 @@ class TrainConfig(RoundConfig):
     plan: bool = False  # only print memory, tokens, operations, hours and disk that the run would take
     gpus: int = 1  # how many the plan is for; a run has as many as torchrun starts processes
     gpu: str = "h100"  # which kind the plan is for
+
+    @property
+    def cache_bytes(self):
+        return int(self.cache_gb * 1e9) if self.cache_gb else None
 
 
 JUDGED_TOGETHER = 32  # prompts
@@ -93,7 +99,7 @@ PRESETS = {
     "mistral-7b": dict(
         rounds=3, samples=5, select="best-worst", eta=1000.0, lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=18,
         batch=64, micro_batch=1, optimizer="rmsprop", temperature=1.0, top_p=1.0, max_new_tokens=2048,
-        template="mistral", dtype="bfloat16", judge_dtype="bfloat16", recompute=True, pool=32,
+        template="mistral", dtype="bfloat16", judge_dtype="bfloat16", recompute=True, cache_gb=48,
     ),
 }  # fmt: skip
 
@@ -118,7 +124,7 @@ COUNTS = ("rounds", "gpus", "epochs", "batch", "micro_batch", "pool", "max_new_t
 RANGES = dict.fromkeys(COUNTS, (1, math.inf)) | {  # (smallest, largest) that makes sense, both included
     "samples": (2, math.inf), "seed": (0, math.inf), "reference_every": (0, math.inf), "micro_tokens": (0, math.inf),
     "eta": (1e-9, 1e9), "tau": (0, 1e9), "lr": (1e-12, 1e3), "warmup": (0, 1), "clip": (1e-12, 1e12),
-    "temperature": (0, 1e6), "top_p": (1e-9, 1), "save_minutes": (0, math.inf),
+    "cache_gb": (0, 1e6), "temperature": (0, 1e6), "top_p": (1e-9, 1), "save_minutes": (0, math.inf),
 }  # fmt: skip
 
 
@@ -161,11 +167,11 @@ class TextGame:
 
     def sample(self, prompts, stage=0):
         config = self.config
-        seeds = torch.randint(2**62, (len(prompts), config.samples), generator=self.generator(stage)).tolist()
+        seeds = draw_seeds(len(prompts), config.samples, self.generator(stage))
         ids = [prompt.ids for prompt in prompts]
         return ranks.joined(generate(
             self.policy, ranks.share(ids), config.samples, config.max_new_tokens, self.tokenizer.eos, config.temperature,
-            config.top_p, seeds=ranks.share(seeds), rows=config.pool, progress=self.progress,
+            config.top_p, rows=config.pool, progress=self.progress, cache_bytes=config.cache_bytes, seeds=ranks.share(seeds),
         ))  # fmt: skip
 
     def judge(self, prompts, responses):
@@ -241,21 +247,21 @@ class TextGame:
 
 # Settings that are no part of a run, and those that may change when it is continued: they move numbers by rounding only.
 APART = ("out", "plan", "gpus", "gpu")
-FREE = ("device", "pool", "micro_batch", "micro_tokens", "recompute", "save_minutes")
+FREE = ("device", "pool", "cache_gb", "micro_batch", "micro_tokens", "recompute", "save_minutes")
 
 
 def claim(config):
-    """Make the run folder this run's: write config.json, or compare with the one of the run that is continued."""
+    """Make the run folder this run's: write config.json, or say in what it differs from that of the run that is continued."""
     path, settings = Path(config.out) / "config.json", dataclasses.asdict(config)
     for name in APART:
         settings.pop(name)
     if not path.exists():
-        return write_json(path, settings)
+        write_json(path, settings)
     old = read_json(path)
     for name in settings | old:
         old.setdefault(name, getattr(TrainConfig, name, None))  # the run may be older than the setting
         if name not in FREE and settings.get(name) != old[name]:
-            raise ValueError(
+            return (
                 f"{path}: this run was started with --{name.replace('_', '-')} {old.get(name)}, now it is {settings.get(name)}; "
                 "give the same settings to continue it, or another --out"
             )
@@ -296,12 +302,11 @@ def run(config):
     check(config)
     ranks.start(config.device)
     policy, tokenizer, judge, prompts = load(config)
-    opponents = load_opponents(config, prompts)
-    if ranks.first():
-        claim(config)
-    ranks.meet()
     if (fewest := min(map(len, prompts))) < ranks.count():
         raise ValueError(f"{config.prompts}: {fewest} prompts a round are fewer than the {ranks.count()} processes")
+    opponents = load_opponents(config, prompts)
+    if refused := ranks.agreed(claim(config) if ranks.first() else None):
+        raise ValueError(refused)
     out, lines, drawn = Path(config.out), [], time.monotonic()
     for number, part in enumerate(prompts, 1):
         start, game = time.monotonic(), TextGame(config, policy, tokenizer, judge, number, opponents)

@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT))
 import sppo  # noqa: E402
 from command import exit_code  # noqa: E402
 from data import Prompt, read_json, remove, vacant, write_json, write_text  # noqa: E402
-from generate import generate  # noqa: E402
+from generate import generate, position_bytes  # noqa: E402
 from model import ModelConfig, Transformer, check_device, initialize  # noqa: E402
 from pairrm import PairRM, PairRMConfig  # noqa: E402
-from plan import GPUS, cache_bytes, multiplied, on_meta, pairrm_flops, parameters  # noqa: E402
+from plan import GPUS, multiplied, on_meta, pairrm_flops, parameters  # noqa: E402
 from stages import out_of_memory  # noqa: E402
 from train import PRESETS, TextGame, TrainConfig  # noqa: E402
 
@@ -69,7 +69,7 @@ SHAPES = {  # bytes of the copy; tokens of prompts, of responses at both ends of
 
 def step_bytes(policy, rows, prompt, short, long):
     """Bytes that the mean step between responses of two lengths must read: bfloat16 weights, but no embedding table; caches."""
-    return 2 * multiplied(policy) + rows * (prompt + (short + long - 1) / 2) * cache_bytes(policy.config, 2)
+    return 2 * multiplied(policy) + rows * (prompt + (short + long - 1) / 2) * position_bytes(policy.config, torch.bfloat16)
 
 
 def model_flops(policy, tokens, per_parameter):

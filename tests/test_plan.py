@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plan as planning
 from data import write_json, write_lines
-from generate import KVCache
+from generate import KVCache, pool_shape
 from model import Block, ModelConfig, Transformer, rotary_angles
 from pairrm import PairRM, PairRMConfig
 from plan import GPUS, causal_flops, describe, multiplied, on_meta, pairrm_flops, parameters, plan, saved_bytes
@@ -94,7 +94,7 @@ def test_cache_is_as_large_as_a_real_one(folders, tmp_path, dtype):
     write_json(tmp_path / "config.json", config.to_json())
     result = plan(settings(folders, policy=str(tmp_path), dtype=dtype, pool=7, max_new_tokens=50))
     size = result["prompts"]["longest"] + 50
-    real = KVCache(config, 7, size, "cpu", getattr(torch, dtype))
+    real = KVCache(config, *pool_shape(config, 7, size, None, getattr(torch, dtype)), "cpu", getattr(torch, dtype))
     assert result["stages"]["sample"]["memory"]["cache"] == real.keys.nbytes + real.values.nbytes
 
 
@@ -140,7 +140,6 @@ def test_operations_of_pairrm_equal_those_that_torch_counts(tmp_path):
 
 
 def test_judges_read_as_many_rows_at_a_time_as_is_assumed():
-    assert inspect.signature(PairRM.logits_many).parameters["tokens_together"].default == planning.PAIRRM_TOKENS
     assert inspect.signature(PreferenceModel.preferences_many).parameters["rows"].default == planning.PREFERENCE_ROWS
 
 
@@ -191,7 +190,7 @@ def test_other_targets_have_their_extra_stage(folders):
 
 
 def test_gpus_share_the_work(folders):
-    one, eight = plan(settings(folders)), plan(settings(folders), gpus=8)
+    one, eight = plan(settings(folders, pool=8)), plan(settings(folders, pool=8), gpus=8)
     for name, stage in eight["stages"].items():
         assert stage["seconds"] == pytest.approx(one["stages"][name]["seconds"] / 8)
 
@@ -239,7 +238,8 @@ def test_advice_names_the_flag_that_is_too_large(folders):
         return plan(settings(folders, **changes))["stages"][stage]["advice"]
 
     assert advice("sample") is None
-    assert advice("sample", pool=1000) == "lower --pool"
+    assert advice("sample", pool=1000, cache_gb=0) == "lower --pool"
+    assert advice("sample", pool=1000, cache_gb=70) == "lower --cache-gb"
     assert advice("fit", micro_batch=64) == "lower --micro-batch"
     assert advice("fit", max_new_tokens=31000) == "lower --max-new-tokens"
     lines = describe(plan(settings(folders, max_new_tokens=32768)))
