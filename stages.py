@@ -6,6 +6,7 @@ A stage is written under a temporary name and renamed when it is whole. The long
 state every --save-minutes, in a folder fit-STEPS with one file a process, until it is done.
 """
 
+import gc
 import json
 import resource
 import time
@@ -95,6 +96,7 @@ class Stages:
         load_weights(game.policy, policy_folder(self.config, game.number))
         yield
         game.policy = copy
+        gc.collect()  # the shards, which refer to each other
         load_weights(game.policy, policy_folder(self.config, game.number + 1))
 
     def read(self, name, path):

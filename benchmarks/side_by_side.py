@@ -624,18 +624,18 @@ def run(args):
     flags = [*["--quick"] * args.quick, *(part for name in ("seed", "threads", "tokenizer", "judge_tokenizer")
                                           for part in (f"--{name.replace('_', '-')}", str(vars(args)[name])))]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, tqdm(total=calls, unit="run") as progress:
-        bench = Bench(World(folder, size, args), size, progress, flags)
+        bench, out = Bench(world := World(folder, size, args), size, progress, flags), Path(args.out)
+        shapes = {"policy": world.config, "tiny": world.tiny_config}
+        counts = {name: parameters(on_meta(Transformer, config)) for name, config in shapes.items()}
         for name in args.only:
             progress.set_description(name)
             STAGES[name][0](bench)
-    world = bench.world
-    shapes = {"policy": world.config, "tiny": world.tiny_config}
-    counts = {name: parameters(on_meta(Transformer, config)) for name, config in shapes.items()}
-    result = {"rows": bench.rows, "machine": bench.machine, "checks": bench.checks, "scaling": bench.curves, "parameters": counts}
-    minutes = (time.monotonic() - start) / 60
-    result |= {"sizes": size | {"micro_tokens": world.micro_tokens}, "real_tokenizers": world.real, "minutes": minutes}
-    out = Path(args.out)
-    write_json(out / "side_by_side.json", result)
+            minutes = (time.monotonic() - start) / 60
+            result = {
+                "rows": bench.rows, "machine": bench.machine, "checks": bench.checks, "scaling": bench.curves, "parameters": counts,
+                "sizes": size | {"micro_tokens": world.micro_tokens}, "real_tokenizers": world.real, "minutes": minutes,
+            }  # fmt: skip
+            write_json(out / "side_by_side.json", result)  # behind each stage: who stops it keeps what was measured
     write_figure(out / "side_by_side.png", draw(result))
     print_table(result)
     for name, real in world.real.items():

@@ -1,5 +1,6 @@
 """Claims about README.md: what it points at is there."""
 
+import json
 import re
 
 import pytest
@@ -24,3 +25,10 @@ def test_there_is_a_map_and_every_file_named_in_a_table_exists():
 def test_every_figure_shown_is_there():
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert figures and all((ROOT / figure).is_file() for figure in figures)
+
+
+def test_the_table_of_the_benchmark_has_the_ratios_of_its_json():
+    rows = json.loads((ROOT / "benchmarks/side_by_side.json").read_text())["rows"]
+    table = README.split("<!-- bench -->")[1].split("<!-- end of bench -->")[0]
+    told = [float(ratio) for ratio in re.findall(r"\*\*([\d.]+)\*\*", table)]
+    assert len(told) == 13 and set(told) <= {round(row["ratio"], 2) for row in rows}
