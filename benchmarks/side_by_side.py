@@ -633,7 +633,8 @@ def run(args):
             minutes = (time.monotonic() - start) / 60
             result = {
                 "rows": bench.rows, "machine": bench.machine, "checks": bench.checks, "scaling": bench.curves,
-                "parameters": counts, "sizes": size | {"micro_tokens": world.micro_tokens}, "real_tokenizers": world.real, "minutes": minutes,
+                "parameters": counts, "sizes": size | {"micro_tokens": world.micro_tokens}, "real_tokenizers": world.real,
+                "minutes": minutes,
             }  # fmt: skip
             write_json(out / "side_by_side.json", result)  # behind each stage: who stops it keeps what was measured
     write_figure(out / "side_by_side.png", draw(result))
