@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, S cached positions, V vocabulary, D width, H query hea
 
 import dataclasses
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,13 +293,28 @@ def initialize(module, generator):
 
 
 def load_pretrained(cls, config, folder, dtype=None, device=None, **options):
-    """Build cls(config, **options) without memory, give it memory once, and read the folder's tensors into it."""
-    dtype = DTYPES.get(dtype or config.dtype, dtype)
-    with torch.device("meta"):
-        model = cls(config, **options).to(dtype)
-    model = model.to_empty(device=device or "cpu")
+    """Build cls(config, **options) with memory of the right type and no numbers in it, and read the folder's tensors into it."""
+    with uninitialized(DTYPES.get(dtype or config.dtype, dtype), device or "cpu"):
+        model = cls(config, **options)
     load_weights(model, folder)
     return model
+
+
+@contextmanager
+def uninitialized(dtype, device):
+    """Modules built in here have this dtype and device, and matrices are not drawn: that takes longer than reading them."""
+    kinds, before = (nn.Linear, nn.Embedding), torch.get_default_dtype()
+    draw = [kind.reset_parameters for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.reset_parameters = lambda module: None
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        for kind, method in zip(kinds, draw):
+            kind.reset_parameters = method
 
 
 def weight_files(folder):
