@@ -535,7 +535,7 @@ def scaling(bench):
 # ------------------------------------------------------------------------------------------------ the report
 
 # The functions, and how many measurements a repeat has, for the bar.
-STAGES = {"sample": (sample, 6), "judge": (judge, 4), "fit": (fit_stage, 3), "round": (round_stage, 2), "start": (start_up, 6),
+STAGES = {"start": (start_up, 6), "sample": (sample, 6), "judge": (judge, 4), "fit": (fit_stage, 3), "round": (round_stage, 2),
           "scaling": (scaling, 0)}  # fmt: skip
 
 
