@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)  # (B, T, D)
         for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, mask, cache and cache.layer(index, position))
         if cache is not None:

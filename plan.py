@@ -21,7 +21,7 @@ from torch import nn
 
 from data import Tokenizer, prompt_text, read_json, read_outputs, read_prompts
 from generate import PREFILL_TOKENS, pool_shape, position_bytes
-from model import DTYPES, ModelConfig, Transformer
+from model import DTYPES, ModelConfig, Transformer, uninitialized
 from pairrm import GPU_TOKENS, PairRM, PairRMConfig
 from prefmodel import PreferenceModel, split_spec
 
@@ -52,7 +52,7 @@ PREFERENCE_ROWS = 64  # that a PreferenceModel reads at a time
 
 
 def on_meta(cls, config, **options):
-    with torch.device("meta"):
+    with uninitialized(torch.float32, "meta"):
         return cls(config, **options)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import ranks
 from data import append_line, read_lines, remove, write_lines
-from model import DTYPES, Transformer, load_weights
+from model import DTYPES, Transformer, load_weights, uninitialized
 from sppo import win_rates
 
 
@@ -89,7 +89,7 @@ class Stages:
     def sharded(self):
         """Several processes train the policy in parts; with what they leave, each one's whole copy goes on."""
         game, copy = self.game, self.game.policy
-        with torch.device("meta"):
+        with uninitialized(torch.float32, "meta"):
             game.policy = Transformer(copy.config)
         game.policy.model.recompute = copy.model.recompute
         ranks.sharded(game.policy, DTYPES[self.config.dtype], self.config.device)

@@ -31,9 +31,9 @@ import sppo  # noqa: E402
 from command import exit_code  # noqa: E402
 from data import Prompt, read_json, remove, vacant, write_json, write_text  # noqa: E402
 from generate import generate, position_bytes  # noqa: E402
-from model import ModelConfig, Transformer, check_device, initialize  # noqa: E402
+from model import ModelConfig, Transformer, check_device, initialize, uninitialized  # noqa: E402
 from pairrm import PairRM, PairRMConfig  # noqa: E402
-from plan import GPUS, multiplied, on_meta, pairrm_flops, parameters  # noqa: E402
+from plan import GPUS, multiplied, pairrm_flops, parameters  # noqa: E402
 from stages import out_of_memory  # noqa: E402
 from train import PRESETS, TextGame, TrainConfig  # noqa: E402
 
@@ -93,7 +93,8 @@ class Bench:
         self.generator = torch.Generator().manual_seed(0)  # of what is not weights
 
     def random(self, cls, config, dtype):
-        module = on_meta(cls, config).to(dtype).to_empty(device=self.device)
+        with uninitialized(dtype, self.device):
+            module = cls(config)
         return initialize(module, torch.Generator(self.device).manual_seed(0))
 
     def ids(self, count, vocabulary=None):

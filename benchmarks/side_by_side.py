@@ -52,12 +52,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from command import exit_code  # noqa: E402
-from data import Prompt, Tokenizer, write_figure, write_json  # noqa: E402
+from data import Prompt, Tokenizer, new_figure, write_figure, write_json  # noqa: E402
 from model import ModelConfig, Transformer, generate, initialize  # noqa: E402
 from pairrm import FIXED, PairRM, PairRMConfig  # noqa: E402
 from plan import causal_flops, multiplied, on_meta, pairrm_flops, parameters  # noqa: E402
@@ -557,7 +556,7 @@ def print_table(result):
 
 def draw(result):
     """Above: ratios with the marks required, and medians with their floors; below: scaling."""
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = new_figure(13, 9)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     rows = [row for row in result["rows"] if row["stage"] != "size"][::-1]
     ratio, times = top.subplots(1, 2, sharey=True)
