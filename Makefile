@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo toys test bench clean
+.PHONY: demo toys test bench map clean
 
 demo: .venv/ready $(DEMO)/world/world.json  ## small world -> SPPO with a learned judge -> exact evaluation, figure
 	$(BIN)/python train.py --preset tiny --policy $(DEMO)/world/policy --judge $(DEMO)/world/judge \
@@ -17,12 +17,16 @@ $(DEMO)/world/world.json: | .venv/ready
 toys: .venv/ready  ## every figure of the laboratory, and its numbers, under out/toy/
 	@for toy in rps tabular likelihood ablations judges; do echo && echo "toy.$$toy" && $(BIN)/python -m toy.$$toy || exit; done
 
-test: .venv/ready-dev  ## lint, then every test
+test: .venv/ready-dev  ## lint and format, then every test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
 
 bench: .venv/ready-dev  ## ours beside transformers and TRL: 20 minutes on two cores that do nothing else
 	$(BIN)/python benchmarks/side_by_side.py
+
+map:  ## put the line numbers of the code that the pages quote right
+	$(PYTHON) tests/refresh_map.py
 
 clean:
 	rm -rf out .venv

@@ -6,7 +6,7 @@
 Weights and tokens are random, so neither a checkpoint nor a tokenizer is needed; shapes, types and settings are those of
 train.py --preset mistral-7b. A row goes to --out as soon as it is measured, and one that fails does not cost the others.
 --stages measures some again: rows of one machine add up to one table, which --results puts into RESULTS.md.
-A time is the median of three behind a warm-up, or of fewer once they have taken 40 s. GB are 10^9 bytes, GiB are 2^30.
+A time is the median of three after a warm-up, or of fewer once they have taken 40 s. GB are 10^9 bytes, GiB are 2^30.
 """
 
 import argparse
@@ -28,17 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sppo  # noqa: E402
-from command import exit_code  # noqa: E402
-from data import Prompt, read_json, remove, vacant, write_json, write_text  # noqa: E402
+from data import Prompt  # noqa: E402
+from engine.checkpoint import check_device, uninitialized  # noqa: E402
+from engine.command import exit_code  # noqa: E402
+from engine.costs import GPUS, multiplied, pairrm_flops, parameters  # noqa: E402
+from engine.files import read_json, remove, require_empty, write_json, write_text  # noqa: E402
+from engine.run_folder import out_of_memory  # noqa: E402
 from generate import generate, position_bytes  # noqa: E402
-from model import ModelConfig, Transformer, check_device, initialize, uninitialized  # noqa: E402
-from pairrm import PairRM, PairRMConfig  # noqa: E402
-from plan import GPUS, multiplied, pairrm_flops, parameters  # noqa: E402
-from stages import out_of_memory  # noqa: E402
+from judges.pairrm import PairRM, PairRMConfig  # noqa: E402
+from model import ModelConfig, Transformer, initialize  # noqa: E402
 from train import PRESETS, TextGame, TrainConfig  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
-SHEETS = {"H100": "h100", "H200": "h200", "A100": "a100-80", "cpu": "cpu"}  # part of the device's name -> plan.GPUS
+SHEETS = {"H100": "h100", "H200": "h200", "A100": "a100-80", "cpu": "cpu"}  # part of the device's name -> engine/costs.GPUS
 REPEATS, PATIENCE = 3, 40  # measurements, seconds
 SAMPLES = 8  # responses a prompt in decoding, whose own pass is not what is measured
 PRESET = PRESETS["mistral-7b"]
@@ -81,13 +83,17 @@ class Bench:
     """A policy and a judge on one device, where both stay through all rows, as in train.py; and a method for each row."""
 
     def __init__(self, shape, device, folder):
-        self.shape, self.device, self.folder, self.rows = SHAPES[shape], torch.device(device), folder, {}
+        self.shape = SHAPES[shape]
+        self.device = torch.device(device)
+        self.folder = folder
+        self.rows = {}
         self.cuda = self.device.type == "cuda"
         self.name = torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
         sheet = next((sheet for part, sheet in SHEETS.items() if part in self.name), None)
         if sheet is None:
-            raise ValueError(f"{self.name}: add its bandwidth and operations a second to plan.GPUS, and its name to SHEETS")
-        self.bandwidth, self.flops = GPUS[sheet]["bandwidth"], GPUS[sheet]["flops"]  # a second; flops by bytes of a number
+            raise ValueError(f"{self.name}: add its data sheet to engine/costs.py, GPUS, and its name to SHEETS")
+        self.bandwidth = GPUS[sheet]["bandwidth"]  # bytes a second
+        self.flops = GPUS[sheet]["flops"]  # operations a second, by bytes of a number
         self.policy = self.random(Transformer, self.shape.policy, torch.bfloat16)
         self.judge = self.random(PairRM, self.shape.judge, torch.bfloat16)
         self.generator = torch.Generator().manual_seed(0)  # of what is not weights
@@ -116,7 +122,7 @@ class Bench:
         return statistics.median(times[1:])
 
     def measure(self, name):
-        """The numbers of one row, or in what it failed."""
+        """The numbers of one row, or how it failed."""
         gc.collect()  # what a row that failed has left
         if self.cuda:
             torch.cuda.empty_cache()
@@ -124,7 +130,7 @@ class Bench:
         try:
             numbers = ROWS[name][0](self)
             return numbers | ({"peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30} if self.cuda else {})
-        except Exception as error:  # whatever it is, it must not cost the other rows on a machine lent by the hour
+        except Exception as error:  # whatever it is, it must not cost the other rows on a machine rented by the hour
             traceback.print_exc()
             return {"error": "out of memory" if out_of_memory(error) else f"failed: {type(error).__name__}"}
 
@@ -150,17 +156,18 @@ class Bench:
         judge = self.judge if dtype == torch.bfloat16 else self.random(PairRM, config, dtype)
         tokens = torch.tensor([self.ids(T, config.source_prefix_id) for _ in range(rows)])  # (B, T)
         tokens[:, :3] = torch.tensor([config.source_prefix_id, config.cand1_prefix_id, config.cand2_prefix_id])
-        tokens, mask = tokens.to(self.device), torch.ones(rows, T, dtype=torch.bool, device=self.device)
+        tokens = tokens.to(self.device)
+        mask = torch.ones(rows, T, dtype=torch.bool, device=self.device)
         rate = 10 * rows / self.seconds(lambda: [judge(tokens, mask).tolist() for _ in range(10)])
         return {"pairs_s": rate, "mfu": rate * pairrm_flops(judge, T) / self.flops[dtype.itemsize]}
 
     def decoding(self, rows):
-        policy, prompt, short, long = self.policy, self.shape.prompt, self.shape.short, self.shape.long
-        prompts = [self.ids(prompt) for _ in range(rows // SAMPLES)]
-        sample = partial(generate, policy, prompts, SAMPLES, stop_token=None, generator=self.generator, rows=rows)
+        short, long = self.shape.short, self.shape.long
+        prompts = [self.ids(self.shape.prompt) for _ in range(rows // SAMPLES)]
+        sample = partial(generate, self.policy, prompts, SAMPLES, stop_token=None, generator=self.generator, rows=rows)
         begin, whole = (self.seconds(partial(sample, max_new_tokens=length)) for length in (short, long))
         step = (whole - begin) / (long - short)
-        rate = step_bytes(policy, rows, prompt, short, long) / step
+        rate = step_bytes(self.policy, rows, self.shape.prompt, short, long) / step
         of_copy = {"copy_share": rate / 1e9 / self.rows["copy"]["gb_s"]} if "gb_s" in self.rows.get("copy", {}) else {}
         return {"step_ms": 1e3 * step, "tokens_s": rows / step, "bandwidth_share": rate / self.bandwidth} | of_copy
 
@@ -177,16 +184,19 @@ class Bench:
 
     def scoring(self):
         game, prompts, responses, tokens = self.batch()
-        rate = tokens / self.seconds(lambda: sppo.score(game, prompts, responses, game.config))
+        rate = tokens / self.seconds(lambda: game.score(prompts, responses, game.config))
         return {"tokens_s": rate, "mfu": model_flops(self.policy, rate, 2) / self.flops[2]}
 
     def fitting(self):
         """The first step, before which the optimizer gets its memory, is the warm-up of the others."""
         game, prompts, responses, tokens = self.batch()
-        logp, done = sppo.score(game, prompts, responses, game.config), []
+        logp = game.score(prompts, responses, game.config)
         target = sppo.sppo_target(torch.tensor([[0.9, 0.1]]), game.config.eta).repeat(len(prompts), 1)
+        data = sppo.Regression(prompts, responses, logp, target)
+        done = []  # when each step was
         with tqdm(total=len(prompts) * game.config.epochs, desc="fit", leave=False, disable=None) as game.progress:
-            sppo.fit(game, prompts, responses, logp, target, game.config, self.generator, lambda **_: done.append(self.now()))
+            for _ in game.fit(data, game.config, self.generator):
+                done.append(self.now())
         step = statistics.median(end - start for start, end in zip(done, done[1:]))
         mfu = model_flops(self.policy, tokens / step, 6) / self.flops[2]
         return {"step_ms": 1e3 * step, "tokens_s": tokens / step, "mfu": mfu}
@@ -225,7 +235,8 @@ def table(rows, device="Not measured: no GPU was at hand", torch="", shape="7b")
 
 def write_results(path, lines):
     """Put the table between its marks, and leave everything else as it is."""
-    text, marked = path.read_text(encoding="utf-8"), "\n".join(["<!-- gpu -->", *lines, "<!-- end of gpu -->"])
+    text = path.read_text(encoding="utf-8")
+    marked = "\n".join(["<!-- gpu -->", *lines, "<!-- end of gpu -->"])
     write_text(path, re.sub(r"<!-- gpu -->.*<!-- end of gpu -->", lambda _: marked, text, flags=re.DOTALL))
 
 
@@ -233,7 +244,7 @@ def run(args):
     check_device(args.device)
     if args.results and (args.shape, args.device[:4]) != ("7b", "cuda"):
         raise ValueError(f"--results is for the 7b shape on a GPU, this is {args.shape} on {args.device}")
-    bench = Bench(args.shape, args.device, vacant(args.folder))
+    bench = Bench(args.shape, args.device, require_empty(args.folder))
     out = Path(args.out or ROOT / ("benchmarks/gpu.json" if bench.cuda else "out/gpu-on-cpu.json"))
     machine = {"device": bench.name, "torch": str(torch.__version__), "shape": args.shape}
     found = read_json(out) if out.exists() else dict(machine)

@@ -1,6 +1,6 @@
 """transformers and TRL, used as their documentation recommends: the other side of side_by_side.py.
 
-Shapes: N prompts, K responses per prompt. Token lists go in and come out, as in generate.py and pairrm.py.
+Shapes: N prompts, K responses per prompt. Token lists go in and come out, as in generate.py and judges/pairrm.py.
 """
 
 import itertools
@@ -37,10 +37,10 @@ def sample(model, prompts, samples_per_prompt, max_new_tokens, stop_token, toget
     model.generation_config = settings  # else the checkpoint's own end token fills in for None
     responses = []
     for start in range(0, len(prompts), together):
-        some = prompts[start : start + together]
-        T = max(map(len, some))
-        tokens = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in some])
-        mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in some])
+        batch = prompts[start : start + together]
+        T = max(map(len, batch))
+        tokens = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in batch])
         rows = model.generate(tokens, attention_mask=mask, generation_config=settings)[:, T:].tolist()
         responses += [row[: row.index(stop_token) + 1] if stop_token in row else row for row in rows]
     return [responses[start : start + samples_per_prompt] for start in range(0, len(responses), samples_per_prompt)]
@@ -82,9 +82,9 @@ class CrossEncoder:
         places = [(n, i, j) for n in range(len(prompts)) for i, j in itertools.permutations(range(K), 2)]
         logits = torch.zeros(len(prompts), K, K)
         for start in range(0, len(places), together):
-            some = places[start : start + together]
-            rows = [self.pair_ids(prompts[n], responses[n][i], responses[n][j]) for n, i, j in some]
-            logits[tuple(zip(*some))] = self.forward(rows)
+            batch = places[start : start + together]
+            rows = [self.pair_ids(prompts[n], responses[n][i], responses[n][j]) for n, i, j in batch]
+            logits[tuple(zip(*batch))] = self.forward(rows)
         return logits
 
 

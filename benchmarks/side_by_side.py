@@ -55,14 +55,16 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from command import exit_code  # noqa: E402
-from data import Prompt, Tokenizer, new_figure, write_figure, write_json  # noqa: E402
-from model import ModelConfig, Transformer, generate, initialize  # noqa: E402
-from pairrm import FIXED, PairRM, PairRMConfig  # noqa: E402
-from plan import causal_flops, multiplied, on_meta, pairrm_flops, parameters  # noqa: E402
+from data import Prompt, Tokenizer  # noqa: E402
+from engine.command import exit_code  # noqa: E402
+from engine.costs import causal_flops, multiplied, on_meta, pairrm_flops, parameters  # noqa: E402
+from engine.figures import BLUE, GREEN, GREY, ORANGE, new_figure, slope, write_figure  # noqa: E402
+from engine.files import write_json  # noqa: E402
+from generate import generate  # noqa: E402
+from judges.pairrm import FIXED, PairRM, PairRMConfig  # noqa: E402
+from model import ModelConfig, Transformer, initialize  # noqa: E402
 from prefmodel import PreferenceModel  # noqa: E402
-from sppo import best_and_worst, fit, score, sppo_round, win_rates  # noqa: E402
-from toy.lab import BLUE, GREEN, GREY, ORANGE, slope  # noqa: E402
+from sppo import Regression, best_and_worst, sppo_round, win_rates  # noqa: E402
 from train import TextGame, TrainConfig  # noqa: E402
 
 K, BETA, LR, MICRO_BATCH, TOGETHER = 5, 1e-3, 5e-7, 4, 16
@@ -121,7 +123,9 @@ class World:
     """Checkpoints on disk and what both sides read, all decided by a seed. `real` says which tokenizers are real."""
 
     def __init__(self, folder, size, args):
-        self.folder, rng, generator = Path(folder), random.Random(args.seed), torch.Generator().manual_seed(args.seed)
+        self.folder = Path(folder)
+        rng = random.Random(args.seed)
+        generator = torch.Generator().manual_seed(args.seed)
         self.real = {name: Path(path).is_dir() for name, path in (("policy", args.tokenizer), ("judge", args.judge_tokenizer))}
         special = ["[UNK]", "[CLS]", "[SEP]", "<|source|>", "<|candidate1|>", "<|candidate2|>"]
         self.tokenizer, judging = (
@@ -150,7 +154,8 @@ class World:
             if not (self.folder / name).exists():  # a child process finds it there
                 ending_policy(config, size["longest"], generator).save_pretrained(self.folder / name)
                 self.tokenizer.copy_to(self.folder / name)
-        vocabulary, marks = judging.backend.get_vocab_size(), map(judging.backend.token_to_id, special[3:])
+        vocabulary = judging.backend.get_vocab_size()
+        marks = map(judging.backend.token_to_id, special[3:])
         self.pairrm_config = PairRMConfig(vocabulary, 192, 768, 3, 3, 256, 512, 1e-7, *marks)
         if not (self.folder / "judge").exists():
             save_pairrm(initialize(PairRM(self.pairrm_config), generator), self.folder / "judge", judging)
@@ -195,24 +200,32 @@ class Bench:
     """What has been measured: `rows` of the table, `checks` that both sides do the same work, `curves` of scaling."""
 
     def __init__(self, world, size, progress=None, flags=()):
-        self.world, self.size, self.machine, self.flags = world, size, machine(), flags
-        self.rows, self.checks, self.curves, self.progress = [], {}, [], progress or tqdm(disable=True)
+        self.world = world
+        self.size = size
+        self.machine = machine()
+        self.flags = flags
+        self.rows = []
+        self.checks = {}
+        self.curves = []
+        self.progress = progress or tqdm(disable=True)
 
     def measure(self, *sides, repeats=None):
-        """Each side so often, taking turns: a list of measurements a side. One is seconds, or the float that a side returns."""
+        """Each side so many times, in turn: a list of measurements a side. One is seconds, or the float that a side returns."""
         results = [[] for _ in sides]
         for _ in range(repeats or self.size["repeats"]):
             for side, result in zip(sides, results):
                 gc.collect()
                 start = time.perf_counter()
-                told = side()
-                result.append(told if isinstance(told, float) else time.perf_counter() - start)
+                output = side()
+                result.append(output if isinstance(output, float) else time.perf_counter() - start)
                 self.progress.update()
         return results
 
     def add(self, stage, case, unit, ours, theirs, floor=None):
         """A row, from two lists of measurements of which less is better."""
-        mine, other, required = statistics.median(ours), statistics.median(theirs), REQUIRED.get((stage, case))
+        mine = statistics.median(ours)
+        other = statistics.median(theirs)
+        required = REQUIRED.get((stage, case))
         spans = {"ours_range": [min(ours), max(ours)], "theirs_range": [min(theirs), max(theirs)], "repeats": len(ours)}
         row = dict(stage=stage, case=case, unit=unit, ours=mine, theirs=other, ratio=other / mine, required=required, floor=floor)
         self.rows.append(row | spans)
@@ -222,7 +235,7 @@ class Bench:
         return max(flops / self.machine["flops"], size / self.machine["bytes_per_second"])
 
     def curve(self, letter, label, what, points, work, operations):
-        """Seconds of work(point), the least of three, and the exponent beside that of the counted operations."""
+        """Seconds of work(point), the least of three, and their exponent next to that of the counted operations."""
         points = list(points)
         seconds = [min(timed(lambda: work(point)) for _ in range(3)) for point in points]  # noqa: B023  called at once
         self.progress.update(len(points))
@@ -287,7 +300,8 @@ def judge(bench):
 
     world, reader = bench.world, bench.world.preference_model
     prompts, answers = [prompt.text for prompt in world.prompts], world.answers
-    ours, theirs = PairRM.from_pretrained(world.folder / "judge"), peers.CrossEncoder(world.folder / "judge")
+    ours = PairRM.from_pretrained(world.folder / "judge")
+    theirs = peers.CrossEncoder(world.folder / "judge")
     difference = ours.logits_many(prompts[:8], answers[:8]) - theirs.logits_many(prompts[:8], answers[:8], 32)
     bench.checks["PairRM logits, largest difference"] = difference.abs().max().item()
     read, pairs, single, batched = bench.measure(
@@ -319,10 +333,12 @@ def settings(**changes):
 def our_fit(policy, pairs, **changes):
     """Score, then fit: the numbers of the optimizer steps, and log π_t (N, 2)."""
     config = settings(batch=len(pairs), **changes)
-    game, prompts = TextGame(config, policy, None, None, 1), [Prompt("", prompt) for prompt, *_ in pairs]
-    responses, generator = [both for _, *both in pairs], torch.Generator().manual_seed(0)
-    logp = score(game, prompts, responses, config)
-    return fit(game, prompts, responses, logp, torch.zeros_like(logp), config, generator, lambda **numbers: None), logp
+    game = TextGame(config, policy, None, None, 1)
+    prompts = [Prompt("", prompt) for prompt, *_ in pairs]
+    responses = [both for _, *both in pairs]
+    logp = game.score(prompts, responses, config)
+    data = Regression(prompts, responses, logp, torch.zeros_like(logp))
+    return list(game.fit(data, config, torch.Generator().manual_seed(0))), logp
 
 
 def their_trainer(bench, model, pairs, **how):
@@ -380,10 +396,10 @@ def memory(bench, case, *flags):
 
     def peak(side):
         command = [sys.executable, __file__, "--memory-of", side, str(bench.world.folder), *bench.flags, *flags]
-        told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        if told.returncode:
-            raise OSError(f"the process that measures memory failed: {told.stderr[-500:]}")
-        return float(told.stdout.split()[-1])
+        output = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if output.returncode:
+            raise OSError(f"the process that measures memory failed: {output.stderr[-500:]}")
+        return float(output.stdout.split()[-1])
 
     bench.add("fit", case, "GB", *bench.measure(lambda: peak("ours"), lambda: peak("theirs"), repeats=1))
 
@@ -424,7 +440,8 @@ def round_stage(bench):
     world, longest, folder = bench.world, bench.size["longest"], bench.world.folder
     prompts, stop = world.prompts[: bench.size["round"]], world.tokenizer.eos
     ids, asked = [prompt.ids for prompt in prompts], [prompt.text for prompt in prompts]
-    policy, pairrm = Transformer.from_pretrained(folder / "policy"), PairRM.from_pretrained(folder / "judge")
+    policy = Transformer.from_pretrained(folder / "policy")
+    pairrm = PairRM.from_pretrained(folder / "judge")
     cross_encoder, last = peers.CrossEncoder(folder / "judge"), {}
 
     def texts(responses):
@@ -433,7 +450,6 @@ def round_stage(bench):
     def ours():
         config = settings(batch=len(prompts), micro_tokens=world.micro_tokens, max_new_tokens=longest)
         game = TextGame(config, policy, world.tokenizer, pairrm, 1)
-        game.progress = tqdm(disable=True)
         last["responses"] = sppo_round(game, prompts, config, torch.Generator().manual_seed(0))["responses"]
 
     def theirs():
@@ -448,8 +464,9 @@ def round_stage(bench):
         return seconds + peers.train(their_trainer(bench, model, last["pairs"]))
 
     times = bench.measure(ours, theirs)
-    floors = sample_floor(bench, policy, ids, last["responses"]), judge_floor(bench, pairrm, asked, texts(last["responses"]))
-    bench.add("round", "mixed", "s", *times, sum(floors) + fit_floor(bench, last["pairs"]))
+    floor = sample_floor(bench, policy, ids, last["responses"])
+    floor += judge_floor(bench, pairrm, asked, texts(last["responses"]))
+    bench.add("round", "mixed", "s", *times, floor + fit_floor(bench, last["pairs"]))
 
 
 # ------------------------------------------------------------------------------------------------ start-up and size
@@ -457,7 +474,8 @@ def round_stage(bench):
 PROGRAMS = {  # ours, theirs
     "import": ("import train", "from transformers import AutoModelForCausalLM; from trl import DPOTrainer"),
     "first-token": (
-        "from model import Transformer, generate; generate(Transformer.from_pretrained({!r}), [[1, 5]], 1, 1, None)",
+        "from generate import generate; from model import Transformer; "
+        "generate(Transformer.from_pretrained({!r}), [[1, 5]], 1, 1, None)",
         "import torch; from transformers import AutoModelForCausalLM as A; "
         "A.from_pretrained({!r}).generate(torch.tensor([[1, 5]]), max_new_tokens=1, do_sample=True)",
     ),
@@ -480,7 +498,8 @@ def start_up(bench):
     bench.add("load", "load_file", "s", *times, bench.floor(0, 2 * path.stat().st_size))
     theirs = [file.locate() for name in ("transformers", "trl", "accelerate", "datasets")
               for file in importlib.metadata.files(name) if file.suffix == ".py"]  # fmt: skip
-    lines = ([sum(path.read_bytes().count(b"\n") for path in paths)] for paths in (ROOT.glob("*.py"), theirs))
+    ours = [path for room in (".", "engine", "judges", "evaluate") for path in (ROOT / room).glob("*.py")]
+    lines = ([sum(path.read_bytes().count(b"\n") for path in paths)] for paths in (ours, theirs))
     bench.add("size", "lines of Python", "lines", *lines)
     bench.add("size", "installed", "MB", *([size] for size in installed()))
 
@@ -499,7 +518,8 @@ def installed():
         return found
 
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    ours, theirs = [Requirement(line).name for line in lines if line[:1].isalpha()], ["transformers", "trl"]
+    ours = [Requirement(line).name for line in lines if line[:1].isalpha()]
+    theirs = ["transformers", "trl"]
     return [sum(file.size or 0 for name in closure(names) - closure(["torch"]) for file in importlib.metadata.files(name)) / 1e6
             for names in (ours, theirs)]  # fmt: skip
 
@@ -511,7 +531,8 @@ def scaling(bench):
     """Time against K, N, T and width, of small models."""
     world, generator = bench.world, torch.Generator().manual_seed(0)
     prompts, answers = [p.text for p in world.prompts[:4]], [rows[0] for rows in world.answers[:4]]
-    pairrm, tiny = PairRM.from_pretrained(world.folder / "judge"), Transformer.from_pretrained(world.folder / "tiny")
+    pairrm = PairRM.from_pretrained(world.folder / "judge")
+    tiny = Transformer.from_pretrained(world.folder / "tiny")
     ids = [[token % 2048 for token in prompt.ids] for prompt in world.prompts] * 4
 
     def judged(judge):
@@ -623,7 +644,9 @@ def run(args):
     flags = [*["--quick"] * args.quick, *(part for name in ("seed", "threads", "tokenizer", "judge_tokenizer")
                                           for part in (f"--{name.replace('_', '-')}", str(vars(args)[name])))]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, tqdm(total=calls, unit="run") as progress:
-        bench, out = Bench(world := World(folder, size, args), size, progress, flags), Path(args.out)
+        world = World(folder, size, args)
+        bench = Bench(world, size, progress, flags)
+        out = Path(args.out)
         shapes = {"policy": world.config, "tiny": world.tiny_config}
         counts = {name: parameters(on_meta(Transformer, config)) for name, config in shapes.items()}
         for name in args.only:
@@ -635,7 +658,7 @@ def run(args):
                 "parameters": counts, "sizes": size | {"micro_tokens": world.micro_tokens}, "real_tokenizers": world.real,
                 "minutes": minutes,
             }  # fmt: skip
-            write_json(out / "side_by_side.json", result)  # behind each stage: who stops it keeps what was measured
+            write_json(out / "side_by_side.json", result)  # after each stage, so that little is lost if it is stopped
     write_figure(out / "side_by_side.png", draw(result))
     print_table(result)
     for name, real in world.real.items():

@@ -16,8 +16,8 @@ import torch._dynamo  # the first optimizer imports it, a second and a half: onc
 import torch.distributed.fsdp
 from conftest import ROOT
 
-import model as transformer
 import train
+from engine import checkpoint
 
 
 def flags(config):
@@ -41,7 +41,7 @@ def in_child(arguments, told, moment, limit, environment):
     os.dup2(told.fileno(), 2)
     os.environ |= environment
     torch.set_num_threads(1)
-    train.draw = lambda lines, path: None
+    train.draw_curves = lambda lines, path: None
     if moment:
         arm(*moment)
     if limit:
@@ -72,7 +72,7 @@ def arm(when, ending, count):
         return path if mode == "a" else ""
 
     os.replace = deadly(os.replace, ("before", "after"), lambda source, target: target)
-    transformer.save_file = deadly(transformer.save_file, ("half",), lambda tensors, path: path)
+    checkpoint.save_file = deadly(checkpoint.save_file, ("half",), lambda tensors, path: path)
     builtins.open = deadly(builtins.open, ("append",), appended)
 
 

@@ -44,7 +44,7 @@ def letters(prompt, responses):
 
 
 def tiny_settings(world, run, **changes):
-    """Settings of a run on the small world for the debugger (toy.text_game.build_debugging); it takes a fraction of a second."""
+    """Settings of a run on the small world for the debugger (toy.debug.build_debugging); it takes a fraction of a second."""
     settings = dict(
         policy=f"{world}/policy", judge="conftest:letters", prompts=f"{world}/prompts.jsonl", out=str(run), rounds=2,
         samples=3, max_new_tokens=4, template="plain", reuse_prompts=True, eta=2.0, optimizer="adamw", lr=1e-2, warmup=0.0,

@@ -53,7 +53,8 @@ def test_constant_of_coin_flips_goes_to_one_half_with_k_and_leaves_it_with_eta()
 
 
 def test_one_round_with_huge_eta_keeps_the_best_reply_by_log_z_and_all_above_average_by_one_half():
-    payoff, path = cycle(), [start(START)[0].log()]
+    payoff = cycle()
+    path = [start(START)[0].log()]
     gain = (payoff @ path[0].exp() - 0.5).clamp(min=0) * path[0].exp()
     assert sppo(payoff, path, 1000.0).exp().tolist() == pytest.approx([0, 0, 1], abs=1e-9)
     assert sppo_half(payoff, path, 1000.0).exp().tolist() == pytest.approx((gain / gain.sum()).tolist(), abs=0.005)
@@ -102,7 +103,8 @@ def test_scores_of_certain_preferences_have_no_number_and_win_rates_refuses_them
 
 @pytest.mark.parametrize("strengths", [ROCK_PAPER_SCISSORS, (0.99, 0.9, 0.6)])
 def test_shortcut_stands_still_at_equal_scores_where_the_whole_table_moves(strengths):
-    payoff, point = cycle(strengths), mean_logit_equilibrium(strengths)
+    payoff = cycle(strengths)
+    point = mean_logit_equilibrium(strengths)
     path = [point.log()]
     torch.testing.assert_close(judged(payoff, path, 1.0, shortcut), path[0])
     assert (judged(payoff, path, 1.0, full_table) - path[0]).abs().max() > 0.01
@@ -127,7 +129,8 @@ def test_a_round_on_all_of_many_samples_is_the_closed_form(game):
 
 def test_winner_and_loser_reach_their_targets():
     """K = 2: the targets are ±η(P - ½)/2 (§5.3), and the third action takes up the slack; two samples alike teach nothing."""
-    payoff, eta = GAMES["transitive"], 0.3
+    payoff = GAMES["transitive"]
+    eta = 0.3
     path = sampled(payoff.expand(64, 3, 3), start(copies=64), [full_table], 2, "best-worst", 1, eta, generator())
     change = path[1] - path[0]
     counts = [(change.abs() < 1e-12).all(-1).sum().item()]

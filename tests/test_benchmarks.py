@@ -18,8 +18,9 @@ import peers
 import side_by_side
 
 from data import Prompt, Tokenizer
-from model import Transformer, generate, initialize
-from pairrm import PairRM, PairRMConfig
+from generate import generate
+from judges.pairrm import PairRM, PairRMConfig
+from model import Transformer, initialize
 
 MARKS = ["<|source|>", "<|candidate1|>", "<|candidate2|>"]
 
@@ -47,8 +48,8 @@ def test_both_sides_sample_responses_of_the_same_mean_length(policy):
     ours = generate(Transformer.from_pretrained(policy), prompts, 300, 24, 2, generator=generator)
     theirs = peers.sample(peers.load_policy(policy), prompts, 300, 24, 2, 2)
     lengths = [[len(row) for rows in side for row in rows] for side in (ours, theirs)]
-    told = side_by_side.compare_means(*lengths)
-    assert abs(told["standard_errors"]) < 4 and 6 < told["ours"] < 10
+    means = side_by_side.compare_means(*lengths)
+    assert abs(means["standard_errors"]) < 4 and 6 < means["ours"] < 10
     assert all(row[-1] == 2 or len(row) == 24 for side in (ours, theirs) for rows in side for row in rows)
 
 
@@ -62,7 +63,8 @@ def test_their_left_padding_changes_no_logit(policy):
     prompts = [[1, 5], [1, 7, 9, 11, 4, 8]]
     ours = generate(Transformer.from_pretrained(policy), prompts, 1, 8, None, temperature=0)
     model = peers.load_policy(policy)
-    tokens, mask = torch.tensor([[0] * 4 + prompts[0], prompts[1]]), torch.tensor([[0] * 4 + [1] * 2, [1] * 6])
+    tokens = torch.tensor([[0] * 4 + prompts[0], prompts[1]])
+    mask = torch.tensor([[0] * 4 + [1] * 2, [1] * 6])
     settings = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8, pad_token_id=0)
     theirs = model.generate(tokens, attention_mask=mask, eos_token_id=None, **settings)[:, 6:]
     assert [rows[0] for rows in ours] == theirs.tolist()
@@ -75,8 +77,10 @@ def test_judges_agree_on_ids_and_logits(tmp_path, together):
     config = PairRMConfig(60, 32, 48, 2, 2, 64, 128, 1e-7, 3, 4, 5)
     generator = torch.Generator().manual_seed(0)
     side_by_side.save_pairrm(initialize(PairRM(config), generator), tmp_path / "judge", tokenizer)
-    ours, theirs = PairRM.from_pretrained(tmp_path / "judge"), peers.CrossEncoder(tmp_path / "judge")
-    prompts, responses = ["w7 w8 w9", "w10"], [["w11 w12", "w13", "w14 w15 w16"], ["w20", "w21 w22 w23 w24", "w25"]]
+    ours = PairRM.from_pretrained(tmp_path / "judge")
+    theirs = peers.CrossEncoder(tmp_path / "judge")
+    prompts = ["w7 w8 w9", "w10"]
+    responses = [["w11 w12", "w13", "w14 w15 w16"], ["w20", "w21 w22 w23 w24", "w25"]]
     assert ours.pair_ids(prompts[0], "w11 w12", "") == theirs.pair_ids(prompts[0], "w11 w12", "")
     assert torch.allclose(ours.logits_many(prompts, responses), theirs.logits_many(prompts, responses, together), atol=1e-5)
 
@@ -125,8 +129,8 @@ def test_every_row_that_is_required_is_printed_and_drawn(capsys):
     bench = empty_bench()
     result = json.loads(json.dumps({"rows": bench.rows, "scaling": bench.curves, "checks": {"loss": 1}}))
     side_by_side.print_table(result)
-    told = capsys.readouterr().out
-    assert all(f"{stage:12}{case:20}" in told for stage, case in side_by_side.REQUIRED)
+    output = capsys.readouterr().out
+    assert all(f"{stage:12}{case:20}" in output for stage, case in side_by_side.REQUIRED)
     assert side_by_side.draw(result).axes
 
 
@@ -154,9 +158,9 @@ def test_a_missing_peer_is_one_sentence():
         "def gone(name): raise m.PackageNotFoundError(name)\n"
         "m.version = gone; sys.exit(side_by_side.main([]))"
     )
-    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode == 2
-    assert told.stderr.strip() == (
+    output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert output.returncode == 2
+    assert output.stderr.strip() == (
         "benchmarks/side_by_side.py: transformers is not installed; pip install -r requirements-dev.txt brings the peers"
     )
 

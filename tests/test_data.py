@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from data import Tokenizer, merge_neighbours, pad_responses, prompt_text, read_lines, read_pairs, read_prompts, whole, write_lines
+from data import Tokenizer, merge_neighbours, pad_responses, prompt_text, read_pairs, read_prompts
+from engine.files import read_lines, atomic_write, write_lines
 from toy.text_game import write_tokenizer
 
 
@@ -33,7 +34,7 @@ def expected(shared, name):
 
 @pytest.mark.parametrize("folder", ["tokenizer-mistral-v1", "stories260K"])
 def test_encodings_equal_sentencepiece(shared, folder):
-    tokenizer, cases = Tokenizer(shared / folder), expected(shared, f"{folder}/expected_encode.json")["cases"]
+    tokenizer, cases = (Tokenizer(shared / folder), expected(shared, f"{folder}/expected_encode.json")["cases"])
     assert len(cases) >= 260
     for case in cases:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
@@ -136,7 +137,7 @@ def test_plain_continuation_keeps_the_space_before_its_first_word(shared):
 
 def test_plain_continuation_inside_a_word_has_no_space(shared):
     tokenizer = Tokenizer(shared / "stories260K")
-    prompt, letter = tokenizer.prompt_ids("Once upon a tim", "plain"), tokenizer.backend.token_to_id("e")
+    prompt, letter = (tokenizer.prompt_ids("Once upon a tim", "plain"), tokenizer.backend.token_to_id("e"))
     assert tokenizer.response_text(prompt, [letter], "plain") == "e"
 
 
@@ -227,7 +228,7 @@ BAD_PROMPTS = {
     "no messages": ({"messages": []}, "expected a list of chat messages"),
     "message no object": ({"messages": ["Hi"]}, "expected a list of chat messages"),
     "no content": ({"messages": [{"role": "user"}]}, "expected a string under 'content', found nothing"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "x"}, USER]}, "message role is 'tool'"),
+    "unknown role": ({"messages": [{"role": "tool", "content": "x"}, USER]}, "message role 'tool', expected"),
     "ends with assistant": ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "the last message is from 'assistant'"),
 }
 
@@ -317,7 +318,7 @@ def test_padding_refuses_a_prompt_without_response():
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyError), whole(path) as temporary:
+    with pytest.raises(KeyError), atomic_write(path) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -326,10 +327,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_a_folder_is_written_over_an_empty_one_but_never_over_a_full_one(tmp_path):
     path = tmp_path / "folder"
     path.mkdir()
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.mkdir()
         (temporary / "a").write_text("a")
-    with pytest.raises(FileExistsError, match="folder: exists already, and nothing is written over it"), whole(path):
+    with pytest.raises(FileExistsError, match="folder: exists already, and nothing is written over it"), atomic_write(path):
         pass
     assert [p.name for p in path.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [path]
 
@@ -337,7 +338,7 @@ def test_a_folder_is_written_over_an_empty_one_but_never_over_a_full_one(tmp_pat
 def test_what_a_killed_writer_left_behind_is_cleared_away(tmp_path):
     (tmp_path / "file.tmp").mkdir()
     (tmp_path / "file.tmp/part").write_text("")
-    with whole(tmp_path / "file") as temporary:
+    with atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "file.tmp").exists()
 

@@ -51,7 +51,7 @@ def test_nash_of_a_cycle_of_three_is_unique_and_equals_linear_programming(seed):
 
 
 def test_nash_of_the_small_worlds_endings():
-    """Each action's share is the strength, above ½, of the duel it is not in: (.3, .4, .4) behind (`!?`, `?.`, `.!`)."""
+    """Each action's share is the strength, above ½, of the duel it is not in: (.3, .4, .4) in (`!?`, `?.`, `.!`)."""
     assert nash(cycle((0.9, 0.9, 0.8))).tolist() == pytest.approx([4 / 11, 3 / 11, 4 / 11], abs=1e-9)
 
 

@@ -11,7 +11,9 @@ import torch
 from conftest import tiny_config
 
 import generate as sampling
-from generate import KVCache, Pool, draw_seeds, generate, invert_cumulative, pool_shape, position_bytes
+from engine import cuda_graph
+from generate import KVCache, Pool, draw_seeds, generate, invert_cumulative, pool_shape
+from generate import position_bytes
 from model import Transformer, initialize
 
 PROMPTS = [[1, 2, 3], [4] * 17, [5, 6] * 20, [10], [11, 12], [7, 8, 9] * 15]  # of 1 to 45 tokens
@@ -28,25 +30,26 @@ def build(**changes):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """[(pool, living rows)] of each step that is taken."""
-    taken, step = [], Pool.step
+    """[(pool, active rows)] of each step that is taken."""
+    taken = []
+    step = Pool.step
 
     def counted(self):
-        taken.append((self, self.living))
+        taken.append((self, self.active))
         step(self)
 
     monkeypatch.setattr(Pool, "step", counted)
     return taken
 
 
-# ------------------------------------------------------------------------------------------------ distributions
+# ------------------------------------------------------------------------ distributions
 
 SETTINGS = pytest.mark.parametrize(("temperature", "top_p"), [(1.3, 1.0), (0.7, 0.8)])
 
 
 @functools.cache
 def drawn(temperature, top_p):
-    """The model, and (COUNT, 3) tokens sampled behind [3, 1, 4], with -1 behind a stop token."""
+    """The model, and (COUNT, 3) tokens sampled after [3, 1, 4], with -1 after a stop token."""
     model = build(vocab_size=20)
     responses = generate(model, [[3, 1, 4]], COUNT, 3, STOP, temperature, top_p, seeded(1), rows=1000)[0]
     return model, torch.tensor([response + [-1] * (3 - len(response)) for response in responses])
@@ -54,7 +57,7 @@ def drawn(temperature, top_p):
 
 @torch.no_grad()
 def exact(model, tokens, temperature, top_p):
-    """Next-token distributions (B, V) behind tokens (B, T), whose top_p is transformers'."""
+    """Next-token distributions (B, V) after tokens (B, T), whose top_p is transformers'."""
     warpers = pytest.importorskip("transformers.generation.logits_process", reason="transformers computes what is exact")
     logits = model(tokens)[:, -1].double() / temperature
     return (warpers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits).softmax(-1)
@@ -91,7 +94,7 @@ def test_second_tokens_are_conditioned_on_the_first(temperature, top_p):
 
 @SETTINGS
 def test_responses_stop_with_their_exact_probability(temperature, top_p):
-    """P(stop behind 1, 2, 3 tokens, or not) is a sum over all the texts that can stand before it."""
+    """P(stop after 1, 2, 3 tokens, or not) is a sum over all the texts that can stand before it."""
     model, tokens = drawn(temperature, top_p)
     alive, stopped, texts = torch.ones(1, dtype=torch.float64), [], torch.tensor([[3, 1, 4]])
     for _ in range(3):
@@ -105,7 +108,7 @@ def test_responses_stop_with_their_exact_probability(temperature, top_p):
     assert_drawn_from(torch.stack([*stopped, alive.sum()]), torch.cat([observed, COUNT - observed.sum(0, keepdim=True)]))
 
 
-# ------------------------------------------------------------------------------------------------ who decodes beside whom
+# ------------------------------------------------------------------------ the rest of the batch
 
 
 def test_neither_pool_nor_budget_nor_prefill_changes_the_text(tiny_model, monkeypatch):
@@ -136,7 +139,7 @@ def test_a_share_of_the_prompts_gets_the_text_that_all_get(tiny_model, share):
     assert generate(tiny_model, PROMPTS[share], 4, 20, 7, 0.9, seeds=seeds[share], rows=8) == whole[share]
 
 
-# ------------------------------------------------------------------------------------------------ recorded log-probabilities
+# ------------------------------------------------------------------------ recorded log-probabilities
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -158,7 +161,7 @@ def test_recording_does_not_change_the_text(tiny_model):
     assert generate(tiny_model, PROMPTS, 3, 12, 7, 0.7, 0.9, seeded(4), logps=[]) == responses
 
 
-# ------------------------------------------------------------------------------------------------ the cache and its budget
+# ------------------------------------------------------------------------ the cache and its budget
 
 BLOCK = 8 * 32 * 256  # bytes: 8 rows of 32 positions, of 2 (keys, values) * 2 layers * 2 heads * 8 numbers * 4 bytes
 
@@ -193,7 +196,7 @@ def test_the_memory_of_the_cache_stays_within_the_budget_and_is_used(tiny_model,
     cache = steps[0][0].cache
     assert isinstance(cache, KVCache) and all(pool.cache is cache for pool, _ in steps)
     assert cache.keys.untyped_storage().nbytes() + cache.values.untyped_storage().nbytes() == int(blocks) * BLOCK
-    assert max(living for _, living in steps) == 8 * int(blocks)
+    assert max(active for _, active in steps) == 8 * int(blocks)
     assert [len(response) for response in responses] == [17] * 40
 
 
@@ -203,11 +206,11 @@ def test_a_finished_response_makes_room_for_a_waiting_one(tiny_model, steps):
     lengths = [len(response) for row in responses for response in row]
     batches = sum(max(lengths[i : i + 6]) for i in range(0, len(lengths), 6))  # if rows waited for each other
     assert len(steps) <= sum(lengths) / 6 + 60 < batches
-    assert max(living for _, living in steps) == 6
-    assert sum(living for _, living in steps) == sum(lengths) - len(lengths)  # a row in a step writes a token; prompts the first
+    assert max(active for _, active in steps) == 6
+    assert sum(active for _, active in steps) == sum(lengths) - len(lengths)  # a row in a step writes a token; prompts the first
 
 
-# ------------------------------------------------------------------------------------------------ graphs
+# ------------------------------------------------------------------------ graphs
 
 
 def addresses(pool):
@@ -244,7 +247,7 @@ def graphs(monkeypatch):
         captured.append(FakeGraph(function, arguments, memory))
         return captured[-1], captured[-1].result
 
-    monkeypatch.setattr(sampling, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "capture", capture)
     monkeypatch.setattr(sampling, "GRAPHED", ("cpu",))
     return captured
 
@@ -288,12 +291,12 @@ def test_a_step_that_is_computed_again_is_the_same(tiny_model, monkeypatch):
 
     def checked(pool):
         state = [x.clone() for x in (pool.token, pool.noise, pool.cache.length)]
-        once, written = pool.next_tokens(8, pool.cache.size), (pool.cache.keys.clone(), pool.cache.values.clone())
+        once, written = (pool.next_tokens(8, pool.cache.size), (pool.cache.keys.clone(), pool.cache.values.clone()))
         again = pool.next_tokens(8, pool.cache.size)
         assert all(torch.equal(*pair) for pair in zip(once, again))
         assert all(torch.equal(*pair) for pair in zip(written, (pool.cache.keys, pool.cache.values)))
         assert all(torch.equal(*pair) for pair in zip(state, (pool.token, pool.noise, pool.cache.length)))
-        compared.append(pool.living)
+        compared.append(pool.active)
         step(pool)
 
     plain = generate(tiny_model, PROMPTS, 2, 20, 7, generator=seeded(3), rows=5)
@@ -302,7 +305,7 @@ def test_a_step_that_is_computed_again_is_the_same(tiny_model, monkeypatch):
     assert len(set(compared)) > 2
 
 
-# ------------------------------------------------------------------------------------------------ edges
+# ------------------------------------------------------------------------ edges
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
@@ -325,7 +328,7 @@ def test_no_samples_are_an_empty_list_for_each_prompt(tiny_model):
     assert generate(tiny_model, [[1], [2]], 0, 12, 7, generator=seeded(0)) == [[], []]
 
 
-# ------------------------------------------------------------------------------------------------ inverting a distribution
+# ------------------------------------------------------------------------ inverting a distribution
 
 SIZES = pytest.mark.parametrize("size", [32_000, 50, 257])
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from engine.costs import on_meta, parameters
+from judges.pairrm import PairRM
 from model import Transformer
-from pairrm import PairRM
-from plan import on_meta, parameters
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,8 @@ def test_the_table_replaces_what_stands_between_the_marks():
 
 
 def test_results_hold_the_table_of_the_measured_rows_or_say_that_there_are_none():
-    text, numbers = (gpu.ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8"), gpu.ROOT / "benchmarks" / "gpu.json"
+    text = (gpu.ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    numbers = gpu.ROOT / "benchmarks" / "gpu.json"
     measured = json.loads(numbers.read_text(encoding="utf-8")) if numbers.exists() else {"rows": {}}
     assert measured.get("device") != "cpu"
     assert "\n".join(gpu.table(**measured)) in text

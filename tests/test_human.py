@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from data import read_pairs
-from human import Human
-from prefmodel import load_judge
+from judges.human import Human
+from judges.load import load_judge
 
 
 class Terminal:
@@ -87,7 +87,7 @@ def test_other_answers_are_asked_for_again(tmp_path):
 
 def test_a_person_is_a_judge_on_the_command_line(tmp_path, monkeypatch):
     path = tmp_path / "mine.jsonl"
-    judge = load_judge("prefmodel:human:" + json.dumps({"votes": str(path)}))
+    judge = load_judge("human:" + json.dumps({"votes": str(path)}))
     monkeypatch.setattr(judge, "ask", Terminal(alphabet))
     assert judge.preferences_many(["p"], [["b", "a"]]).tolist() == [[[0.5, 0], [1, 0.5]]]
     assert path.exists()

@@ -1,4 +1,4 @@
-"""Claims about judge_report.py and its command, and about ensembles: known answers, constructed judges, human votes."""
+"""Claims about judge_report.py, its command and ensembles: known answers, made-up judges, votes."""
 
 import itertools
 import json
@@ -7,20 +7,24 @@ import math
 import pytest
 import torch
 
-import judge_report
-import prefmodel
-from data import read_pairs, write_lines
-from judge_report import agreement, calibration, circles_of, decompose, label_tables, length_effect, report, triples
-from prefmodel import Ensemble, Rule, Transitive, load_judge, transitive
+from data import read_pairs
+from engine.files import write_lines
+from evaluate import __main__ as evaluate
+from evaluate import judge_report
+from evaluate.judge_report import agreement, calibration, circles_of, decompose, label_tables, length_effect, report, triples
+from judges.base import Ensemble, Rule, Transitive, transitive
+from judges.load import load_judge
 from toy.games import bradley_terry, cycle, odd_cycle, random_game
 
 
 def coin(seed, n=20_000):
+    """Two independent uniform draws, n of each."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, generator=generator, dtype=torch.float64), torch.rand(n, generator=generator, dtype=torch.float64)
+    first = torch.rand(n, generator=generator, dtype=torch.float64)
+    return first, torch.rand(n, generator=generator, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------ numbers
 
 
 def test_a_judge_whose_probabilities_come_true_is_calibrated():
@@ -32,7 +36,7 @@ def test_a_judge_whose_probabilities_come_true_is_calibrated():
 
 
 def test_calibration_error_by_hand():
-    """Two pairs at .9, both lost; two at .3 (confidence .7 in the other side), both lost: (.9 + .3)/2."""
+    """All four are lost: two at .9, and two at .3, a confidence of .7 in the other side."""
     result = calibration(torch.tensor([0.9, 0.9, 0.3, 0.3]), torch.tensor([0.0, 0.0, 0.0, 0.0]))
     assert result["expected_calibration_error"] == pytest.approx((0.9 + 0.3) / 2)
 
@@ -48,32 +52,38 @@ def test_a_judge_that_calls_every_pair_a_tie_is_calibrated():
     assert calibration(torch.full((4,), 0.5), torch.ones(4))["expected_calibration_error"] == 0
 
 
-def test_turning_pairs_round_changes_no_number():
+def test_turning_pairs_around_changes_no_number():
     probability, draw = coin(1, 500)
-    label, difference = (draw < probability).double(), (draw - 0.3) * 100
+    label = (draw < probability).double()
+    difference = (draw - 0.3) * 100
     turn = torch.rand(500, generator=torch.Generator().manual_seed(2)) < 0.5
-    other = [torch.where(turn, 1 - probability, probability), torch.where(turn, 1 - label, label)]
-    assert agreement(*other) == pytest.approx(agreement(probability, label))
-    a, b = (calibration(*row)["expected_calibration_error"] for row in (other, (probability, label)))
-    assert a == pytest.approx(b)
-    flipped = length_effect(torch.logit(other[0]), torch.where(turn, -difference, difference))
-    assert flipped == pytest.approx(length_effect(torch.logit(probability), difference))
+    turned = [torch.where(turn, 1 - value, value) for value in (probability, label)]
+    assert agreement(*turned) == pytest.approx(agreement(probability, label))
+
+    error = calibration(probability, label)["expected_calibration_error"]
+    assert calibration(*turned)["expected_calibration_error"] == pytest.approx(error)
+
+    effect = length_effect(torch.logit(probability), difference)
+    difference = torch.where(turn, -difference, difference)
+    assert length_effect(torch.logit(turned[0]), difference) == pytest.approx(effect)
 
 
 def test_agreement_ignores_ties_of_the_labels_and_halves_those_of_the_judge():
     result = agreement(torch.tensor([0.9, 0.2, 0.5, 0.9]), torch.tensor([1.0, 1.0, 0.0, 0.5]))
-    assert (result["pairs"], result["decided"]) == (4, 3) and result["accuracy"] == pytest.approx(1.5 / 3)
+    assert (result["pairs"], result["decided"]) == (4, 3)
+    assert result["accuracy"] == pytest.approx(1.5 / 3)
 
 
 @pytest.mark.parametrize("n", [3, 5, 7])
 def test_triples_of_a_regular_cycle_are_counted_as_in_the_closed_form(n):
-    """A regular tournament of n has n(n² - 1)/24 circular triads (Kendall and Babington Smith, 1940)."""
+    """A regular tournament has n(n² - 1)/24 circular triads (Kendall and Babington Smith, 1940)."""
     assert triples(odd_cycle(n)) == (math.comb(n, 3), n * (n * n - 1) // 24)
 
 
 def test_a_transitive_game_has_no_circles_and_no_cyclic_share():
     result = circles_of([bradley_terry([0.0, 1.0, -2.0, 0.5])])
-    assert result["intransitive_triples"] == 0 and result["cyclic_share"] == pytest.approx(0, abs=1e-12)
+    assert result["intransitive_triples"] == 0
+    assert result["cyclic_share"] == pytest.approx(0, abs=1e-12)
     assert circles_of([odd_cycle(5)])["cyclic_share"] == pytest.approx(1)
 
 
@@ -90,7 +100,7 @@ def test_scalar_and_cyclic_parts_add_up_and_are_orthogonal():
     assert cyclic.sum(-1).abs().max() < 1e-9 and (scalar * cyclic).sum().abs() < 1e-9
 
 
-# ------------------------------------------------------------------------------------------------ human votes
+# ------------------------------------------------------------------------ human votes
 
 
 def test_the_report_finds_the_cycles_of_the_human_votes(shared):
@@ -102,7 +112,7 @@ def test_the_report_finds_the_cycles_of_the_human_votes(shared):
     assert [row["intransitive_triples"] for row in single] == [4, 4, 1]
 
 
-# ------------------------------------------------------------------------------------------------ judges
+# ------------------------------------------------------------------------ judges
 
 
 def by_length(prompt, responses, strength=0.1):
@@ -118,27 +128,44 @@ def in_circle(prompt, responses):
 def texts(count=40):
     """Pairs of different lengths, the first the better where it is shorter."""
     words = ["a" * (1 + n * 7 % 30) for n in range(count + 1)]
-    return [
-        {"prompt": f"{n // 3}", "chosen": min(pair, key=len), "rejected": max(pair, key=len), "probability": 1.0}
-        for n, pair in enumerate(itertools.pairwise(words))
-    ]
+    rows = []
+    for n, pair in enumerate(itertools.pairwise(words)):
+        row = {"prompt": f"{n // 3}", "chosen": min(pair, key=len), "rejected": max(pair, key=len)}
+        rows.append(row | {"probability": 1.0})
+    return rows
 
 
 def test_the_report_shows_a_judge_that_likes_length():
     result = report(Rule(by_length), texts())
-    assert result["length_correlation"] == pytest.approx(1) and result["length_correlation_of_labels"] < -0.8
+    assert result["length_correlation"] == pytest.approx(1)
+    assert result["length_correlation_of_labels"] < -0.8
     assert result["longer_rate"] > 0.55 and result["longer_rate_of_labels"] == 0
     assert result["accuracy"] == 0 and result["judge"]["intransitive_triples"] == 0
     assert all(row["preference"] >= 0.5 for row in result["longer_wins"])
 
 
+def test_a_judge_of_another_class_gets_the_same_report():
+    """Anything with preferences_many is a judge: it need not know the class Judge."""
+
+    class Other:
+        def preferences_many(self, prompts, responses):
+            return Rule(by_length).preferences_many(prompts, responses)
+
+    assert report(Other(), texts()) == report(Rule(by_length), texts())
+
+
 def test_length_surplus_is_what_was_added_and_nothing_for_a_right_judge_of_any_sharpness():
     generator = torch.Generator().manual_seed(0)
-    probability, difference = 0.1 + 0.8 * torch.rand(50_000, generator=generator), torch.randn(50_000, generator=generator)
+    probability = 0.1 + 0.8 * torch.rand(50_000, generator=generator)
+    difference = torch.randn(50_000, generator=generator)
     label = (torch.rand(50_000, generator=generator) < probability).float()
-    surplus = [judge_report.length_surplus(p, label, difference) for p in (probability, 0.5 + 0.5 * (probability - 0.5))]
-    assert surplus == pytest.approx([0, 0], abs=0.01)
-    assert judge_report.length_surplus(probability + 0.1 * difference.sign(), label, difference) == pytest.approx(0.1, abs=0.01)
+
+    def surplus(preference):
+        return judge_report.length_surplus(preference, label, difference)
+
+    assert surplus(probability) == pytest.approx(0, abs=0.01)
+    assert surplus(0.5 + 0.5 * (probability - 0.5)) == pytest.approx(0, abs=0.01)
+    assert surplus(probability + 0.1 * difference.sign()) == pytest.approx(0.1, abs=0.01)
 
 
 def test_the_report_finds_the_circle_of_a_judge():
@@ -154,15 +181,18 @@ def test_ensemble_is_the_weighted_mean_and_reports_disagreement():
     balanced = Ensemble([long, short])
     assert torch.allclose(balanced.preferences("p", ["a", "bbbb"]), torch.full((2, 2), 0.5))
     one_sided = Ensemble([long, short], [3, 1]).preferences("p", ["a", "bbbb"])
-    assert one_sided[1, 0].item() == pytest.approx(0.75 / (1 + math.exp(-0.3)) + 0.25 / (1 + math.exp(0.3)))
+    wins = 1 / (1 + math.exp(-0.3))
+    assert one_sided[1, 0].item() == pytest.approx(0.75 * wins + 0.25 * (1 - wins))
     spread = balanced.disagreement(["p"], [["a", "bbbb"]])[0]
-    assert spread[0, 1].item() == pytest.approx(1 / (1 + math.exp(-0.3)) - 0.5, abs=1e-6) and spread[0, 0] == 0
+    assert spread[0, 1].item() == pytest.approx(wins - 0.5, abs=1e-6) and spread[0, 0] == 0
     assert report(balanced, texts())["ensemble_disagreement"] > 0.1
 
 
 def test_ensemble_from_a_command_line():
-    spec = 'prefmodel:Ensemble:{"judges": ["test_judge_report:by_length", "test_judge_report:in_circle"], "weights": [1, 0]}'
-    assert torch.allclose(load_judge(spec).preferences("p", ["a", "bb"]), by_length("p", ["a", "bb"]))
+    judges = ["test_judge_report:by_length", "test_judge_report:in_circle"]
+    judge = load_judge("ensemble:" + json.dumps({"judges": judges, "weights": [1, 0]}))
+    table = judge.preferences("p", ["a", "bb"])
+    assert torch.allclose(table, by_length("p", ["a", "bb"]))
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0]])
@@ -177,19 +207,25 @@ def test_transitive_makes_ties_of_a_pure_circle_and_doubles_a_transitive_judges_
     rewards = torch.tensor([0.3, -0.2, 1.0])
     logits = rewards[:, None] - rewards
     assert torch.allclose(torch.logit(transitive(logits)), 2 * logits, atol=1e-5)
-    two = Transitive("test_judge_report:in_circle").preferences("p", ["a", "bb"])  # .9 truly
+    two = Transitive(Rule(in_circle)).preferences("p", ["a", "bb"])  # .9 truly
     assert two[0, 1].item() == pytest.approx(0.9**2 / (0.9**2 + 0.1**2), abs=1e-5)
+
+
+def test_transitive_from_a_command_line():
+    judge = load_judge('transitive:{"judge": "test_judge_report:in_circle"}')
+    table = Transitive(Rule(in_circle)).preferences("p", ["a", "bb"])
+    assert torch.equal(judge.preferences("p", ["a", "bb"]), table)
 
 
 def test_the_figure_shows_eight_parts_of_the_pairs_by_length():
     line = judge_report.draw(report(Rule(by_length), texts())).axes[1].lines[1]
     difference, wins = line.get_xdata(), line.get_ydata()
     assert len(difference) == 8 and list(difference) == sorted(difference)
-    assert all(a <= b + 1e-6 for a, b in zip(wins, wins[1:])) and wins[0] < wins[-1] - 0.1
+    assert all(a <= b + 1e-6 for a, b in itertools.pairwise(wins)) and wins[0] < wins[-1] - 0.1
 
 
 def test_a_judge_that_likes_what_stands_first_gains_nothing_by_it():
-    """A valid table, P + Pᵀ = 1, but of places, not of texts: the sides of a pair are drawn at random."""
+    """A valid table, P + Pᵀ = 1, but of places and not of texts; sides are drawn at random."""
 
     def first(prompt, responses):
         place = torch.arange(len(responses))
@@ -199,13 +235,10 @@ def test_a_judge_that_likes_what_stands_first_gains_nothing_by_it():
 
 
 @pytest.mark.parametrize(
-    "judge, words",
-    [
-        (Rule(lambda prompt, responses: [[7.0] * len(responses)] * len(responses)), "judge odd, prompt '0': .* is 7.0, expected"),
-        (Rule(lambda prompt, responses: [[float("nan")] * len(responses)] * len(responses)), "judge odd, prompt '0'"),
-    ],
+    "number, words", [(7.0, "judge odd, prompt '0': .* is 7.0, expected"), (float("nan"), "judge odd, prompt '0'")]
 )
-def test_the_report_refuses_tables_that_are_no_preferences(judge, words):
+def test_the_report_refuses_tables_that_are_no_preferences(number, words):
+    judge = Rule(lambda prompt, responses: [[number] * len(responses)] * len(responses))
     with pytest.raises(ValueError, match=words):
         report(judge, texts(), "odd")
 
@@ -234,11 +267,12 @@ def test_responses_of_one_model_are_told_apart_by_their_text():
     assert circles_of(label_tables(pairs, [1.0, 1.0, 1.0]))["intransitive_triples"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ------------------------------------------------------------------------ the command
 
 
 def command(judge, folder, out):
-    return prefmodel.main(["report", "--judge", str(judge), "--pairs", str(folder / "pairs.jsonl"), "--out", str(out)])
+    pairs = folder / "pairs.jsonl"
+    return evaluate.main(["judge", "--judge", str(judge), "--pairs", str(pairs), "--out", str(out)])
 
 
 def test_report_command_writes_numbers_and_figure(tmp_path, capsys):
@@ -250,7 +284,8 @@ def test_report_command_writes_numbers_and_figure(tmp_path, capsys):
 
 
 def test_report_command_names_what_is_missing(tmp_path, capsys):
-    write_lines(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "votes": [1, 3]}])
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "votes": [1, 3]}
+    write_lines(tmp_path / "pairs.jsonl", [row])
     wrong = {"nowhere": "judge nowhere: no such folder", "test_judge_report:in_circle": "line 1: votes are [1, 3]"}
     for judge, words in wrong.items():
         assert command(judge, tmp_path, tmp_path) == 2

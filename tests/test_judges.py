@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from prefmodel import Ensemble, Transitive
+from judges.base import Ensemble, Transitive
 from toy import judges
 from toy.games import bradley_terry, cycle, nash, odd_cycle
 from toy.judges import FORMS, GAMES, count_rows, counted, draw_labels, evaluate, learn, make_judge, make_pairrm, words

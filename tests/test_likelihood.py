@@ -123,7 +123,9 @@ def test_same_seed_gives_the_same_numbers_also_into_a_folder_that_was_used(small
     assert results[0]["steps"] == [0, 2, 4]
     assert {len(run[side]) for row in results[0]["likelihoods"] for run in row["runs"] for side in ("chosen", "rejected")} == {3}
     assert (tmp_path / "likelihood.png").stat().st_size > 10_000
-    assert "share of chosen that fell" in (table := capsys.readouterr().out)
+
+    table = capsys.readouterr().out
+    assert "share of chosen that fell" in table
     assert "round 2/2" not in table and "round 2/2" in (tmp_path / "likelihood/dpo/log.txt").read_text()
 
 

@@ -13,7 +13,8 @@ from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
 
 from data import Tokenizer
-from model import ModelConfig, Transformer, generate, initialize
+from generate import generate
+from model import ModelConfig, Transformer, initialize
 from sppo import sequence_logps
 
 CHECKPOINTS = [f"{name}/{dtype}" for name in ("v02", "v01-swa", "tied") for dtype in ("fp32", "bf16")]
@@ -21,7 +22,7 @@ CHECKPOINTS = [f"{name}/{dtype}" for name in ("v02", "v01-swa", "tied") for dtyp
 
 def reference(shared, name):
     folder = shared / "tiny-mistral" / name
-    return folder, Transformer.from_pretrained(folder, dtype="float32"), np.load(folder / "expected.npz")
+    return (folder, Transformer.from_pretrained(folder, dtype="float32"), np.load(folder / "expected.npz"))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -146,7 +147,7 @@ def test_future_tokens_cannot_change_past_logits(tiny_model):
     assert not torch.allclose(tiny_model(tokens)[:, 8:], tiny_model(changed)[:, 8:], atol=1e-3)
 
 
-def test_tokens_behind_the_window_are_not_seen():
+def test_tokens_outside_the_window_are_not_seen():
     """Two layers of window 4 reach back 6 tokens in all."""
     config = tiny_config(sliding_window=4)
     model = initialize(Transformer(config), torch.Generator().manual_seed(0))

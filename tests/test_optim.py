@@ -1,4 +1,4 @@
-"""Claims about optim.py: torch's numbers in float32, float32's movement in bfloat16, rounding that is right on average."""
+"""Claims about engine/optim.py: torch's numbers in float32, float32's movement in bfloat16, rounding that is right on average."""
 
 from itertools import accumulate
 
@@ -8,8 +8,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
-import optim
-from optim import AdamW, RMSProp, stochastic_round
+from engine import optim
+from engine.optim import AdamW, RMSProp, stochastic_round
 
 BOTH = pytest.mark.parametrize("ours", [RMSProp, AdamW])
 TORCH = {RMSProp: torch.optim.RMSprop, AdamW: torch.optim.AdamW}
@@ -198,7 +198,7 @@ def test_rounding_is_unbiased_and_goes_to_a_neighbour():
 
 
 def test_the_last_of_the_sixteen_bits_counts():
-    """The float32 behind 1 rounds up once in 65536 times: in 2^20 roundings 16 ± 4 times; its mirror image, too."""
+    """The float32 after 1 rounds up once in 65536 times: in 2^20 roundings 16 ± 4 times; its mirror image, too."""
     value = torch.tensor([1 + 2**-23, 1 + 2**-7 - 2**-23]).repeat(1 << 20, 1)
     rounded = stochastic_round(value, random())
     assert 1 <= (rounded[:, 0] != 1).sum() <= 40

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pairrm import PairRM, relative_index
-from prefmodel import Transitive, load_judge
+from judges.pairrm import PairRM, relative_index
+from judges.base import Transitive
+from judges.load import load_judge
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_truncation_is_exact_at_all_limits(folder, texts):
     judge = PairRM.from_pretrained(folder / "tiny")
     assert len(texts["truncation"]) == 4
     for row in texts["truncation"]:
-        judge.source_limit, judge.candidate_limit = row["source_max_length"], row["candidate_max_length"]
+        judge.source_limit, judge.candidate_limit = (row["source_max_length"], row["candidate_max_length"])
         assert judge.pair_ids(row["source"], row["candidate1"], row["candidate2"]) == row["input_ids"]
 
 
@@ -75,7 +76,7 @@ def test_llm_blenders_matrix_scores_and_transitive_probabilities_are_reproduced(
 
 def test_preferences_are_skew_symmetric_and_use_both_orders(judge):
     prompts, responses = ["one", "two words"], [["a b", "c", "c"], ["d e f", "", "g"]]
-    table, logits = judge.preferences_many(prompts, responses), judge.logits_many(prompts, responses)
+    table, logits = (judge.preferences_many(prompts, responses), judge.logits_many(prompts, responses))
     assert torch.allclose(table + table.mT, torch.ones(2, 3, 3), atol=1e-6)
     assert table[0, 0, 1].item() == pytest.approx(torch.sigmoid((logits[0, 0, 1] - logits[0, 1, 0]) / 2).item(), abs=1e-6)
     assert table[0, 1, 2].item() == pytest.approx(0.5, abs=1e-6) and logits[0, 1, 2].abs() > 1e-4  # the same text, one order
@@ -100,7 +101,7 @@ def test_encoder_equals_transformers_with_random_weights():
             share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False, type_vocab_size=0, layer_norm_eps=1e-7,
         )
     ).eval()  # fmt: skip
-    from pairrm import Encoder, PairRMConfig
+    from judges.pairrm import Encoder, PairRMConfig
 
     ours = Encoder(PairRMConfig(50, 24, 40, 3, 3, 64, 128, 1e-7, 1, 2, 3))
     generator = torch.Generator().manual_seed(0)

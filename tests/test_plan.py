@@ -14,13 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import plan as planning
-from data import write_json, write_lines
+from engine.costs import GPUS, causal_flops, multiplied, on_meta, pairrm_flops, parameters, saved_bytes
+from engine.files import write_json, write_lines
 from generate import KVCache, pool_shape
+from judges.pairrm import PairRM, PairRMConfig
 from model import Block, ModelConfig, Transformer, rotary_angles
-from pairrm import PairRM, PairRMConfig
-from plan import GPUS, causal_flops, describe, multiplied, on_meta, pairrm_flops, parameters, plan, saved_bytes
+from plan import describe, plan
 from prefmodel import PreferenceModel
-from toy.text_game import build_debugging
+from toy.debug import build_debugging
 from train import PRESETS, TrainConfig
 
 MISTRAL_7B = ModelConfig(
@@ -76,6 +77,11 @@ def test_parameters_equal_those_of_a_real_policy(changes):
     norms = 32 * (2 * config.num_hidden_layers + 1)
     matrices = sum(m.weight.numel() for m in Transformer(config).modules() if isinstance(m, torch.nn.Linear))
     assert multiplied(on_meta(Transformer, config)) == matrices + norms + (50 * 32 if config.tie_word_embeddings else 0)
+
+
+def test_a_judge_with_the_tied_flag_of_its_backbone_only_looks_its_embeddings_up():
+    judge = PreferenceModel(tiny_config(tie_word_embeddings=True))
+    assert multiplied(judge) == parameters(judge) - 50 * 32
 
 
 def test_parameters_of_judges(folders):
@@ -149,7 +155,8 @@ def test_judges_read_as_many_rows_at_a_time_as_is_assumed():
 def test_doubling_the_prompts_doubles_tokens_operations_and_hours(folders, tmp_path):
     lines = (folders / "prompts.jsonl").read_text()
     (tmp_path / "prompts.jsonl").write_text(lines * 2)
-    once, twice = plan(settings(folders)), plan(settings(folders, prompts=f"{tmp_path}/prompts.jsonl"))
+    once = plan(settings(folders))
+    twice = plan(settings(folders, prompts=f"{tmp_path}/prompts.jsonl"))
     assert twice["prompts"]["a_round"] == 2 * once["prompts"]["a_round"] == 200
     for name, stage in once["stages"].items():
         for key in ("tokens", "flops", "seconds"):
@@ -178,7 +185,7 @@ def test_judges_cost_pairs_or_rows_or_nothing(folders):
     assert cost(f"{folders}/pairrm", 5) == pytest.approx(10 * cost(f"{folders}/pairrm", 2))
     assert cost(f"{folders}/judge", 5) == pytest.approx(2.5 * cost(f"{folders}/judge", 2))
     assert cost("conftest:letters", 5) == 0
-    both = "prefmodel:Ensemble:" + json.dumps({"judges": [f"{folders}/pairrm", f"{folders}/judge", "conftest:letters"]})
+    both = "ensemble:" + json.dumps({"judges": [f"{folders}/pairrm", f"{folders}/judge", "conftest:letters"]})
     assert cost(both, 5) == pytest.approx(cost(f"{folders}/pairrm", 5) + cost(f"{folders}/judge", 5))
 
 
@@ -240,6 +247,7 @@ def test_advice_names_the_flag_that_is_too_large(folders):
     assert advice("sample") is None
     assert advice("sample", pool=1000, cache_gb=0) == "lower --pool"
     assert advice("sample", pool=1000, cache_gb=70) == "lower --cache-gb"
+    assert advice("previous", pool=1000, cache_gb=70, target="optimistic") == "lower --cache-gb"
     assert advice("fit", micro_batch=64) == "lower --micro-batch"
     assert advice("fit", max_new_tokens=31000) == "lower --max-new-tokens"
     lines = describe(plan(settings(folders, max_new_tokens=32768)))
@@ -292,10 +300,62 @@ def test_the_result_is_json_and_its_table_fits_on_the_screen(folders, gpu):
 
 
 def test_what_makes_no_sense_is_refused(folders):
-    for arguments in (dict(gpu="h1000"), dict(gpus=0), dict(mean_response_tokens=0), dict(mean_response_tokens=2049)):
-        with pytest.raises(ValueError, match="plan: .*expected"):
+    for arguments, message in (
+        (dict(gpu="h1000"), "--gpu is 'h1000', expected one of h100, h200, a100-80, cpu"),
+        (dict(gpus=0), "--gpus is 0, expected at least 1"),
+        (dict(mean_response_tokens=0), "has 0 tokens, expected up to 2048"),
+        (dict(mean_response_tokens=2049), "has 2049 tokens, expected up to 2048"),
+    ):
+        with pytest.raises(ValueError, match=message):
             plan(settings(folders), **arguments)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         plan(settings(folders, judge="nowhere"))
     with pytest.raises(FileNotFoundError, match="config.json"):
         plan(settings(folders, policy="nowhere"))
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan") / "world"
+    build_debugging(folder)
+    return folder
+
+
+def command(world, run, *flags):
+    """`python plan.py` of the small world for the debugger."""
+    paths = ["--policy", f"{world}/policy", "--prompts", f"{world}/prompts.jsonl", "--out", str(run)]
+    return planning.main([*paths, "--judge", "conftest:letters", "--template", "plain", "--max-new-tokens", "4", *flags])
+
+
+def test_the_command_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
+    before = sorted(world.rglob("*"))
+    assert command(world, tmp_path / "run", "--gpu", "a100-80") == 0
+    assert "plan for 1 × a100-80 of 80 GB" in capsys.readouterr().out
+    assert sorted(world.rglob("*")) == before and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--gpus", "0"), "--gpus is 0, expected at least 1"),
+        (("--samples", "1"), "--samples is 1, expected at least 2"),
+        (("--policy", "nowhere"), "nowhere/config.json: no such file"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(world, tmp_path, capsys, flags, message):
+    assert command(world, tmp_path / "run", *flags) == 2
+    assert capsys.readouterr().err == f"plan.py: {message}\n"
+
+
+def test_its_flags_are_no_settings_of_a_run(world, tmp_path):
+    """So a run that has begun can be planned for other GPUs; that changes nothing in its folder, and it continues."""
+    run = tmp_path / "run"
+    tiny_run(world, run, rounds=1)
+    assert {"plan", "gpus", "gpu"}.isdisjoint(json.loads((run / "config.json").read_text()))
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert command(world, run, "--gpus", "8", "--gpu", "h200") == 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    tiny_run(world, run, rounds=1)

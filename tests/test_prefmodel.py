@@ -1,4 +1,7 @@
-"""Claims about prefmodel.py: what its scores can and cannot express, what it learns, and what it says when misused."""
+"""Claims about prefmodel.py: what its scores can and cannot express, what it learns, and what it says when misused.
+
+And about judges/load.py: the judges that a command line can name.
+"""
 
 import json
 import subprocess
@@ -9,8 +12,10 @@ import torch
 from conftest import ROOT
 
 import prefmodel
-from prefmodel import PreferenceModel, Rule, load_judge, split_pairs, train_preference_model
-from toy.text_game import build_debugging
+from judges.base import Rule
+from judges.load import load_judge
+from prefmodel import PreferenceModel, split_pairs, train_preference_model
+from toy.debug import build_debugging
 
 HEADS = {"scalar": (True, 0), "cyclic": (False, 2), "both": (True, 3)}
 TEXTS = ["7.", "7!", "8?", "12.", "", "777+=", "7."]
@@ -34,8 +39,13 @@ def make(backbone, heads="both", seed=0, spread=0.5):
     return judge
 
 
-def logits_of(judge, texts=TEXTS):
-    return torch.logit(judge.preferences("3+4=", texts).double())
+def preferences(judge, texts=TEXTS, prompt="3+4="):
+    """The table (K, K) of one prompt."""
+    return judge.preferences_many([prompt], [texts])[0]
+
+
+def logits_of(judge):
+    return torch.logit(preferences(judge).double())
 
 
 # ------------------------------------------------------------------------------------------------ what it can express
@@ -43,14 +53,14 @@ def logits_of(judge, texts=TEXTS):
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_preferences_and_their_opposites_sum_to_one(backbone, heads):
-    P = make(backbone, heads).preferences("3+4=", TEXTS)
+    P = preferences(make(backbone, heads))
     assert (P + P.T - 1).abs().max() < 1e-6 and (P.diagonal() == 0.5).all()
     assert P.max() > 0.6
 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_equal_texts_tie_and_fare_alike(backbone, heads):
-    P = make(backbone, heads).preferences("3+4=", TEXTS)
+    P = preferences(make(backbone, heads))
     assert P[0, 6].item() == pytest.approx(0.5, abs=1e-6) and torch.allclose(P[0], P[6], atol=1e-6)
 
 
@@ -98,14 +108,14 @@ CYCLE = [("7.", "7!", 1.0), ("7!", "7?", 1.0), ("7?", "7.", 1.0)]
 
 @pytest.mark.parametrize(("heads", "low", "high"), [("cyclic", 0.9, 1.0), ("both", 0.9, 1.0), ("scalar", 0.4, 0.6)])
 def test_a_cycle_is_learned_with_a_cyclic_head_only(backbone, heads, low, high):
-    P = learn(backbone, heads, CYCLE, epochs=200, lr=3e-3).preferences("3+4=", ["7.", "7!", "7?"])
+    P = preferences(learn(backbone, heads, CYCLE, epochs=200, lr=3e-3), ["7.", "7!", "7?"])
     assert all(low < p < high for p in (P[0, 1], P[1, 2], P[2, 0]))
 
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_soft_label_is_learned_as_a_probability(backbone, heads):
     judge = learn(backbone, heads, [("7.", "7!", 0.7)])
-    assert judge.preferences("3+4=", ["7.", "7!"])[0, 1].item() == pytest.approx(0.7, abs=0.03)
+    assert preferences(judge, ["7.", "7!"])[0, 1].item() == pytest.approx(0.7, abs=0.03)
 
 
 def test_training_reports_loss_and_accuracy_of_each_step(backbone):
@@ -122,17 +132,18 @@ def test_training_reports_loss_and_accuracy_of_each_step(backbone):
 
 def test_padding_and_batching_do_not_change_preferences(backbone):
     judge = make(backbone)
-    prompts, responses = ["3+4=", "5+9=5+9=5+9=5+9=", "1"], [TEXTS, TEXTS[::-1], ["7", "123456789", "8", ".", "!!", "=", "0"]]
+    prompts = ["3+4=", "5+9=5+9=5+9=5+9=", "1"]
+    responses = [TEXTS, TEXTS[::-1], ["7", "123456789", "8", ".", "!!", "=", "0"]]
     together = judge.preferences_many(prompts, responses)
     in_twos = judge.preferences_many(prompts, responses, rows=2)
-    alone = torch.stack([judge.preferences(prompt, row) for prompt, row in zip(prompts, responses)])
+    alone = torch.stack([preferences(judge, row, prompt) for prompt, row in zip(prompts, responses)])
     assert (together - alone).abs().max() < 1e-5 and (together - in_twos).abs().max() < 1e-5
 
 
 def test_order_of_responses_only_permutes_the_table(backbone):
     judge, order = make(backbone), [3, 1, 0, 2]
-    P, texts = judge.preferences("3+4=", TEXTS[:4]), [TEXTS[i] for i in order]
-    assert torch.allclose(judge.preferences("3+4=", texts), P[order][:, order], atol=1e-6)
+    P, texts = preferences(judge, TEXTS[:4]), [TEXTS[i] for i in order]
+    assert torch.allclose(preferences(judge, texts), P[order][:, order], atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -140,7 +151,7 @@ def test_a_saved_judge_has_identical_preferences(backbone, tmp_path, heads):
     judge = make(backbone, heads)
     judge.save_pretrained(tmp_path / "judge")
     loaded = load_judge(str(tmp_path / "judge"))
-    assert torch.equal(loaded.preferences("3+4=", TEXTS), judge.preferences("3+4=", TEXTS))
+    assert torch.equal(preferences(loaded), preferences(judge))
     assert loaded.template == "plain"
 
 
@@ -149,12 +160,13 @@ def test_a_judge_made_of_a_bfloat16_backbone_is_loaded_as_it_was_saved(shared, t
     judge = PreferenceModel.from_backbone(shared / "tiny-mistral/chat32k", torch.Generator().manual_seed(0), template="mistral")
     judge.save_pretrained(tmp_path / "judge")
     texts = ["Rayleigh scattering.", "It is not blue."]
-    assert torch.equal(load_judge(str(tmp_path / "judge")).preferences("Why?", texts), judge.preferences("Why?", texts))
+    loaded = load_judge(str(tmp_path / "judge"))
+    assert torch.equal(preferences(loaded, texts, "Why?"), preferences(judge, texts, "Why?"))
 
 
 def test_a_text_longer_than_the_context_is_judged_by_its_beginning(backbone):
-    """The context of this world is 32 tokens: what differs behind it cannot count, what differs before it does."""
-    P = make(backbone).preferences("3+4=", ["1" * 50, "1" * 50 + "2", "2" + "1" * 50])
+    """The context of this world is 32 tokens: what differs after it cannot count, what differs within it does."""
+    P = preferences(make(backbone), ["1" * 50, "1" * 50 + "2", "2" + "1" * 50])
     assert P[0, 1] == 0.5 != P[0, 2]
 
 
@@ -171,7 +183,7 @@ def test_a_rule_is_found_by_module_and_function():
     assert torch.allclose(P, torch.tensor([[0.5, 0.9, 0.95], [0.1, 0.5, 0.95], [0.05, 0.05, 0.5]]))
 
 
-def test_a_rule_takes_json_arguments_behind_a_second_colon():
+def test_a_rule_takes_json_arguments_after_a_second_colon():
     P = load_judge('toy.text_game:oracle:{"strengths": [0.6, 0.7, 0.8]}').preferences("3+4=", ["7.", "7!", "7?"])
     assert P[0, 1].item() == pytest.approx(0.6) and P[1, 2].item() == pytest.approx(0.7)
 
@@ -220,6 +232,21 @@ def test_a_judge_that_is_not_there_is_named(spec, message):
         load_judge(spec)
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ('ensemble:{"judges": "toy.text_game:oracle"}', "judges are 'toy.text_game:oracle', expected a list of"),
+        ('ensemble:{"judges": [1]}', r"judges are \[1\], expected a list of checkpoint folders and module:function"),
+        ('ensemble:{"weights": [1]}', "missing 1 required positional argument: 'judges'"),
+        ('transitive:{"judge": ["toy.text_game:oracle"]}', r"judge is \['toy.text_game:oracle'\], expected a string"),
+    ],
+)
+def test_wrong_members_of_a_judge_are_named_in_one_sentence(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_judge(spec)
+    assert str(error.value).startswith(f"judge {spec}: ") and "\n" not in str(error.value)
+
+
 def test_an_empty_module_name_is_not_called_broken_json():
     with pytest.raises((ValueError, FileNotFoundError), match="^(?!.*arguments are not JSON)"):
         load_judge(":oracle")
@@ -232,9 +259,9 @@ def test_a_checkpoint_without_a_head_is_refused(backbone):
 
 def test_a_prompt_that_fills_the_judges_context_is_refused_and_a_long_response_is_cut(backbone):
     judge = make(backbone)
-    assert judge.preferences("3+4=", ["7." * 40, "8."]).shape == (2, 2)
+    assert preferences(judge, ["7." * 40, "8."]).shape == (2, 2)
     with pytest.raises(ValueError, match="leaves no room for a response in its context of 32 tokens"):
-        judge.preferences("3+4=" * 10, ["7.", "8."])
+        preferences(judge, ["7.", "8."], prompt="3+4=" * 10)
 
 
 def test_an_object_with_preferences_alone_is_a_judge(tmp_path, monkeypatch):
@@ -265,7 +292,7 @@ def test_held_out_prompts_are_whole_and_never_trained_on():
             split_pairs(few, share, torch.Generator())
 
 
-def test_the_judge_ends_with_its_best_epoch_and_stops_behind_it(backbone):
+def test_the_judge_ends_with_its_best_epoch_and_stops_after_it(backbone):
     """Trained on labels that are the opposite of the held-out ones, it is best early."""
     judge, pairs = make(backbone), noisy_pairs(64, 1)
     opposite = [pair | {"probability": 1 - pair["probability"]} for pair in pairs]
@@ -288,7 +315,8 @@ def test_the_learning_rate_rises_and_falls_over_the_training_steps_alone(backbon
 
 
 def test_a_judge_can_be_trained_in_bfloat16(backbone, tmp_path):
-    generator, head = torch.Generator().manual_seed(0), {"scalar": True, "cyclic": 2, "template": "plain"}
+    generator = torch.Generator().manual_seed(0)
+    head = {"scalar": True, "cyclic": 2, "template": "plain"}
     judge = PreferenceModel.from_backbone(backbone, generator, dtype="bfloat16", **head)
     pairs = [{"prompt": "3+4=", "chosen": "7.", "rejected": "8.", "probability": 1.0}] * 16
     steps = train_preference_model(judge, pairs, 10, 1e-3, 8, generator)
@@ -296,7 +324,7 @@ def test_a_judge_can_be_trained_in_bfloat16(backbone, tmp_path):
     judge.save_pretrained(tmp_path / "judge")
     loaded = PreferenceModel.from_pretrained(tmp_path / "judge")
     assert loaded.scalar_head.weight.dtype == torch.bfloat16
-    assert torch.equal(loaded.preferences("3+4=", TEXTS), judge.preferences("3+4=", TEXTS))
+    assert torch.equal(preferences(loaded), preferences(judge))
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -316,7 +344,7 @@ def test_train_writes_a_judge_from_real_pairs(shared, tmp_path, capsys):
     flags = ["--pairs", tmp_path / "pairs.jsonl", "--backbone", folder, "--out", tmp_path / "judge", "--epochs", 1, "--batch", 10]
     assert prefmodel.main(["train", *map(str, flags), "--held-out", "0.25"]) == 0
     assert "held-out pairs: loss" in capsys.readouterr().out and (tmp_path / "judge/learning.png").exists()
-    P = load_judge(str(tmp_path / "judge")).preferences("Why is the sky blue?", ["Rayleigh.", "It is not."])
+    P = preferences(load_judge(str(tmp_path / "judge")), ["Rayleigh.", "It is not."], "Why is the sky blue?")
     assert P[0, 1] != 0.5 and (P[0, 1] + P[1, 0]).item() == pytest.approx(1, abs=1e-6)
     rows = [json.loads(line) for line in (tmp_path / "judge/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows[:-1]] == list(range(1, len(rows))) and "held_out_loss" in rows[-1]

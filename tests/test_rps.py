@@ -7,10 +7,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from engine.figures import slope
 from model import Transformer, initialize
 from toy import rps
 from toy.games import cycle, every_game, nash
-from toy.lab import script, slope
+from toy.lab import script
 
 START = (0.6, 0.3, 0.1)
 

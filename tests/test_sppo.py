@@ -31,6 +31,8 @@ from sppo import (
     sequence_logps,
     sppo_hard_loss,
     sppo_loss,
+    Game,
+    Regression,
     sppo_round,
     sppo_target,
     win_rates,
@@ -164,7 +166,7 @@ def test_logp_is_a_sum_not_a_mean():
 
 
 def test_prompt_and_padding_do_not_count():
-    logits, tokens = torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)[None]
+    logits, tokens = (torch.randn(1, 6, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)[None])
     mask = torch.tensor([[0, 0, 1, 1, 0, 0]], dtype=torch.bool)
     changed = logits.clone()
     changed[:, [0, 3, 4, 5]] += torch.randn(9)  # those positions predict prompt, padding, or nothing
@@ -311,7 +313,7 @@ class TabularPolicy(nn.Module):
         self.logits = nn.Parameter(torch.zeros(prompts, actions, dtype=torch.float64))
 
 
-class TabularGame:
+class TabularGame(Game):
     """Prompts are numbers, responses are [action] lists, and P(a beats b) is a table per prompt."""
 
     def __init__(self, prompts, actions, K):
@@ -337,14 +339,15 @@ class TabularGame:
         return torch.full((len(prompts), len(responses[0])), -math.log(3.0), dtype=torch.float64)
 
 
-def play(N=6, actions=4, K=5, memo=None, uniform=True, **settings):
-    """One round from a policy that is uniform, or random; the game behind it, and its result."""
+def play(N=6, actions=4, K=5, given=None, uniform=True, **settings):
+    """One round from a policy that is uniform, or random: the game, and its result. `given`: {method: what it returns}."""
     defaults = dict(eta=2.0, batch=64, micro_batch=64, optimizer="adamw", lr=0.05, warmup=0.0)
     game = TabularGame(N, actions, K)
     if not uniform:
         game.policy.logits.data.normal_(generator=torch.Generator().manual_seed(4))
-    memos = {} if memo is None else {"memo": memo}
-    result = sppo_round(game, list(range(N)), RoundConfig(**(defaults | settings)), torch.Generator().manual_seed(3), **memos)
+    for name, value in (given or {}).items():
+        setattr(game, name, lambda *arguments, value=value: value)
+    result = sppo_round(game, list(range(N)), RoundConfig(**(defaults | settings)), torch.Generator().manual_seed(3))
     return game, result
 
 
@@ -358,8 +361,8 @@ def test_first_loss_of_a_round_is_the_mean_squared_target(select, target):
 
 def test_first_loss_of_the_worked_example():
     """η = 2: targets 1/3 and -1/5 for winner and loser, so (1/9 + 1/25)/2 = 17/225."""
-    given = {"responses": [[[0], [1], [2]]], "preferences": WORKED[None]}
-    _, result = play(N=1, K=3, memo=lambda name, compute: given[name] if name in given else compute())
+    given = {"sample": [[[0], [1], [2]]], "judge": WORKED[None]}
+    _, result = play(N=1, K=3, given=given)
     assert result["steps"][0]["loss"] == pytest.approx(17 / 225, rel=1e-6)
 
 
@@ -373,14 +376,14 @@ def test_gradient_raises_best_and_lowers_worst():
 @pytest.mark.parametrize("loss", ["sppo", *PAIR_LOSSES])
 def test_a_round_raises_the_best_and_lowers_the_worst(loss):
     """On a policy that knows only these two actions, what the one gains the other loses."""
-    given = {"responses": [[[0], [1]]] * 3, "preferences": torch.tensor([[0.5, 0.8], [0.2, 0.5]]).expand(3, 2, 2)}
-    game, _ = play(N=3, actions=2, K=2, loss=loss, memo=lambda name, compute: given[name] if name in given else compute())
+    given = {"sample": [[[0], [1]]] * 3, "judge": torch.tensor([[0.5, 0.8], [0.2, 0.5]]).expand(3, 2, 2)}
+    game, _ = play(N=3, actions=2, K=2, loss=loss, given=given)
     assert (game.policy.logits[:, 0] > game.policy.logits[:, 1]).all()
 
 
 def test_a_regularized_round_of_ties_moves_towards_the_reference():
     """Nothing to win, so all that is left of the target is -ητ log π_t/μ: down where the policy is above μ."""
-    game, config = TabularGame(1, 2, 2), RoundConfig(eta=2.0, target="regularized", tau=0.5, select="all", lr=0.05, warmup=0.0)
+    game, config = (TabularGame(1, 2, 2), RoundConfig(eta=2.0, target="regularized", tau=0.5, select="all", lr=0.05, warmup=0.0))
     game.policy.logits.data[0] = torch.tensor([2.0, 0.0])
     game.sample = lambda prompts: [[[0], [1]]]
     game.judge = lambda prompts, responses: torch.full((1, 2, 2), 0.5)
@@ -391,10 +394,10 @@ def test_a_regularized_round_of_ties_moves_towards_the_reference():
 @pytest.mark.parametrize("K", [2, 3, 5, 8])
 def test_enough_steps_on_all_responses_reach_the_normalized_target(K):
     """All K actions seen once, exact normaliser: the regression has a solution, multiplicative weights (eq. 4.3)."""
-    given = {"responses": [[[k] for k in range(K)]]}
+    given = {"sample": [[[k] for k in range(K)]]}
     game, result = play(
         N=1, actions=K, K=K, select="all", target="normalized", epochs=400,
-        memo=lambda name, compute: given[name] if name in given else compute(),
+        given=given,
     )  # fmt: skip
     share = (2.0 * result["win_rate"][0].double()).exp()
     assert torch.allclose(game.policy.logits[0].softmax(-1), share / share.sum(), atol=1e-3)
@@ -410,20 +413,37 @@ def test_every_number_of_samples_plays_with_every_target_and_selection(K, target
     assert result["steps"][0]["loss"] > result["steps"][-1]["loss"]
 
 
-def test_what_the_memo_has_is_used_and_not_computed():
-    def memo(name, compute):
-        return {"responses": [[[0], [1]]], "preferences": torch.tensor([[[0.5, 0.9], [0.1, 0.5]]]),
-                "logps": torch.tensor([[-7.0, -8.0]]), "policy": [{"loss": 1.5}]}[name]  # fmt: skip
+def test_a_round_asks_its_game_for_each_stage_once_in_order():
+    asked = []
 
-    game, result = play(N=1, K=2, memo=memo)
+    class Asked(TabularGame):
+        def __getattribute__(self, name):
+            if name in ("sample", "judge", "score", "previous", "reference", "fit"):
+                asked.append(name)
+            return super().__getattribute__(name)
+
+    config = RoundConfig(target="regularized")
+    sppo_round(Asked(6, 4, 5), list(range(6)), config, torch.Generator())
+    assert asked == ["sample", "judge", "score", "reference", "fit"]
+
+
+def test_a_game_that_remembers_its_stages_is_played_from_them():
+    """What a game returns is all that a round knows: here nothing is sampled, judged, scored or trained."""
+    given = {"sample": [[[0], [1]]], "judge": torch.tensor([[[0.5, 0.9], [0.1, 0.5]]]),
+             "score": torch.tensor([[-7.0, -8.0]]), "fit": [{"loss": 1.5}]}  # fmt: skip
+    game, result = play(N=1, K=2, given=given)
     assert result["responses"] == [[[0], [1]]] and result["steps"] == [{"loss": 1.5}]
     assert torch.equal(game.policy.logits, torch.zeros_like(game.policy.logits))
 
 
-def test_the_memo_is_asked_for_each_stage_once_in_order():
-    asked = []
-    play(target="regularized", memo=lambda name, compute: asked.append(name) or compute())
-    assert asked == ["responses", "preferences", "logps", "reference", "policy"]
+@pytest.mark.parametrize("target", ["optimistic", "regularized"])
+def test_a_game_without_a_previous_policy_or_a_reference_refuses_the_targets_that_need_them(target):
+    class Forgetful(TabularGame):
+        previous = Game.previous
+        reference = Game.reference
+
+    with pytest.raises(ValueError, match=f"--target {target}: this game"):
+        sppo_round(Forgetful(6, 4, 5), list(range(6)), RoundConfig(target=target), torch.Generator())
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
@@ -442,11 +462,48 @@ def test_both_optimizers_fit_the_target(optimizer):
     assert result["steps"][-1]["loss"] < 0.5 * result["steps"][0]["loss"]
 
 
-def test_a_step_is_logged_when_it_is_made():
-    game, seen = TabularGame(6, 4, 5), []
+def regression(game, N, K=5):
+    """Data to fit: the round's own, without a round."""
+    prompts = list(range(N))
+    responses = game.sample(prompts)
     config = RoundConfig(eta=2.0, batch=2, micro_batch=2, epochs=2, lr=0.01)
-    result = sppo_round(game, list(range(6)), config, torch.Generator().manual_seed(0), log=lambda **step: seen.append(step))
-    assert seen == result["steps"] and [step["epoch"] for step in seen] == [0, 0, 0, 1, 1, 1]
+    target = sppo_target(win_rates(game.judge(prompts, responses)), config.eta)
+    return Regression(prompts, responses, game.score(prompts, responses, config), target), config
+
+
+def test_a_fit_yields_the_numbers_of_a_step_when_it_is_made():
+    game = TabularGame(6, 4, 5)
+    data, config = regression(game, 6)
+    before = game.policy.logits.detach().clone()
+    steps = game.fit(data, config, torch.Generator().manual_seed(0))
+    first = next(steps)
+    assert first["epoch"] == 0 and not torch.equal(game.policy.logits, before)
+    assert [step["epoch"] for step in [first, *steps]] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("done", [1, 3, 4])
+def test_a_fit_that_is_resumed_takes_the_steps_that_are_missing_to_the_same_bits(done):
+    """The state after `done` steps, put into a fresh game and its optimizer."""
+    whole, part, rest = (TabularGame(6, 4, 5) for _ in range(3))
+    data, config = regression(whole, 6)
+    expected = list(whole.fit(data, config, torch.Generator().manual_seed(0)))
+    kept = {}
+
+    def watch(optimizer):
+        kept["optimizer"] = optimizer
+        return 0
+
+    steps = part.fit(data, config, torch.Generator().manual_seed(0), watch)
+    for _ in range(done):
+        next(steps)
+
+    def resume(optimizer):
+        rest.policy.load_state_dict(part.policy.state_dict())
+        optimizer.load_state_dict(kept["optimizer"].state_dict())
+        return done
+
+    assert list(rest.fit(data, config, torch.Generator().manual_seed(0), resume)) == expected[done:]
+    assert torch.equal(rest.policy.logits, whole.policy.logits)
 
 
 def test_every_prompt_is_seen_once_an_epoch():
@@ -458,8 +515,8 @@ def test_every_prompt_is_seen_once_an_epoch():
 
 
 def test_identical_responses_leave_the_policy_where_it_is():
-    given = {"responses": [[[1], [1], [1]]] * 2, "preferences": torch.full((2, 3, 3), 0.5)}
-    game, result = play(N=2, K=3, memo=lambda name, compute: given[name] if name in given else compute())
+    given = {"sample": [[[1], [1], [1]]] * 2, "judge": torch.full((2, 3, 3), 0.5)}
+    game, result = play(N=2, K=3, given=given)
     assert torch.equal(game.policy.logits, torch.zeros_like(game.policy.logits)) and result["steps"][0]["loss"] == 0
 
 

@@ -4,14 +4,18 @@ import pytest
 import torch
 
 from data import Tokenizer
-from model import Transformer, generate
-from prefmodel import load_judge
+from generate import generate
+from judges.load import load_judge
+from model import Transformer
 from sppo import win_rates
 from toy.games import exploitability, nash
 from toy.stories import CATEGORIES, MAX_NEW_TOKENS, PROMPTS, THEMES, classify, log_likelihood, main, payoff, rule
 
-ANIMALS, FOOD, PLAY = " big dog who ran to the cake", " cakes for the dog and his friend", " red toys that were under a tree"
-NONE, MALFORMED = " walk to the park with her mom", "\ufffd\ufffd"
+ANIMALS = " big dog who ran to the cake"
+FOOD = " cakes for the dog and his friend"
+PLAY = " red toys that were under a tree"
+NONE = " walk to the park with her mom"
+MALFORMED = "\ufffd\ufffd"
 
 
 def category(text):
@@ -19,7 +23,8 @@ def category(text):
 
 
 def test_first_theme_word_decides_singular_or_plural():
-    assert [category(text) for text in (ANIMALS, FOOD, PLAY, NONE)] == ["animals", "food", "play", "none"]
+    found = [category(text) for text in (ANIMALS, FOOD, PLAY, NONE)]
+    assert found == ["animals", "food", "play", "none"]
 
 
 def test_a_theme_word_inside_another_word_does_not_count():
@@ -46,7 +51,8 @@ def test_a_policy_of_one_theme_is_fully_exploitable():
 
 
 def test_rule_as_a_judge_runs_in_a_circle_over_none_over_malformed():
-    table = load_judge("toy.stories:rule").preferences(PROMPTS[0], [ANIMALS, FOOD, PLAY, NONE, MALFORMED])
+    texts = [ANIMALS, FOOD, PLAY, NONE, MALFORMED]
+    table = load_judge("toy.stories:rule").preferences(PROMPTS[0], texts)
     expected = [[0.5, 1, 0, 1, 1], [0, 0.5, 1, 1, 1], [1, 0, 0.5, 1, 1], [0, 0, 0, 0.5, 1], [0, 0, 0, 0, 0.5]]
     assert table.tolist() == expected
     assert (rule("", [FOOD, FOOD]) == 0.5).all()
@@ -57,10 +63,14 @@ def test_prompts_are_forty_different_ones():
 
 
 def test_pretrained_model_writes_every_theme_and_hardly_anything_malformed(shared):
-    """100 texts; the shares are about .14 .13 .23 .50 .00, so that a theme is missing by chance has odds below 1e-5."""
-    tokenizer, policy = Tokenizer(shared / "stories260K"), Transformer.from_pretrained(shared / "stories260K")
+    """100 texts; the shares are about .14 .13 .23 .50 .00, so a theme is missing by chance with
+    odds below 1e-5."""
+    tokenizer = Tokenizer(shared / "stories260K")
+    policy = Transformer.from_pretrained(shared / "stories260K")
     prompts = [tokenizer.prompt_ids(prompt, "plain") for prompt in PROMPTS[::2]]
-    responses = generate(policy, prompts, 5, MAX_NEW_TOKENS, tokenizer.eos, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    responses = generate(policy, prompts, 5, MAX_NEW_TOKENS, tokenizer.eos, generator=generator)
+
     texts = [tokenizer.response_text(x, y, "plain") for x, row in zip(prompts, responses) for y in row]
     counts = {name: sum(category(text) == name for text in texts) for name in CATEGORIES}
     assert min(counts[name] for name in THEMES) > 0 and counts["malformed"] < 5
@@ -68,7 +78,8 @@ def test_pretrained_model_writes_every_theme_and_hardly_anything_malformed(share
 
 
 def test_missing_policy_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["stories", "--policy", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+    flags = ["--policy", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["stories", *flags])
     assert main() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "nowhere" in error and not (tmp_path / "out").exists()

@@ -31,13 +31,18 @@ def test_exact_sppo_moves_the_log_odds_of_two_actions_by_the_closed_form():
 
 def test_average_of_exact_sppo_stays_below_the_regret_bound_for_every_horizon_to_ten_thousand():
     """All horizons at once: row T plays with η = √(8 ln n/T), and is read after T rounds."""
-    payoff, n, T = cycle(), 3, torch.arange(1, 10_001)
+    payoff = cycle()
+    n = len(payoff)
+    T = torch.arange(1, 10_001)
     eta = (8 * math.log(n) / T.double()).sqrt()[:, None]
-    log_policy, total = torch.full((len(T), n), -math.log(n), dtype=torch.float64), torch.zeros(len(T), n).double()
+    log_policy = torch.full((len(T), n), -math.log(n), dtype=torch.float64)
+    total = torch.zeros(len(T), n).double()
+
     for t in T.tolist():  # rows t - 1, t, ... are still playing
         playing = slice(t - 1, None)
         total[playing] += log_policy[playing].exp()
         log_policy[playing] = sppo(payoff, [log_policy[playing]], eta[playing])
+
     gap = exploitability(payoff, total / T[:, None])
     assert (gap >= -1e-12).all() and (gap <= (math.log(n) / (2 * T)).sqrt()).all()
 
@@ -67,7 +72,9 @@ def test_log_z_lies_between_half_eta_and_half_eta_plus_eta_squared_over_eight(se
     """Jensen and Hoeffding (appendix A leaves η/2 to η): for any game, policy and η."""
     generator = torch.Generator().manual_seed(seed)
     n = int(torch.randint(2, 40, (1,), generator=generator))
-    payoff, log_policy = random_game(n, generator), random_policy(n, generator)
+    payoff = random_game(n, generator)
+    log_policy = random_policy(n, generator)
+
     for eta in (0.01, 0.1, 1.0, 10.0, 100.0):
         rate = win_rate(payoff, log_policy)
         log_z = (eta * rate - normalized_target(rate, eta, log_policy))[0].item()
@@ -85,7 +92,9 @@ def test_every_self_play_method_rests_at_an_equilibrium_with_full_support():
 
 
 def test_policies_in_a_batch_play_as_they_would_alone():
-    payoff, starts = comal(), torch.tensor([START, (0.2, 0.5, 0.3)], dtype=torch.float64)
+    payoff = comal()
+    starts = torch.tensor([START, (0.2, 0.5, 0.3)], dtype=torch.float64)
+
     for step in (sppo, sppo_half, tabular.optimistic, tabular.extragradient):
         together = play(partial(step, eta=0.7), payoff, starts, 30)
         alone = torch.stack([play(partial(step, eta=0.7), payoff, start, 30) for start in starts], 1)
@@ -147,7 +156,9 @@ def test_nash_md_stays_below_its_published_bound(tau):
     """KL(π*_τ‖π_{T+1}) ≤ 8/(τ²(T + 1)) (2312.00886, theorem 1), π*_τ from another method."""
     equilibrium = play(partial(tabular.extragradient, eta=0.3, tau=tau), cycle(), (0.5, 0.3, 0.2), 20_000)[-1].exp()
     path = play(partial(tabular.nash_md, tau=tau), cycle(), (0.5, 0.3, 0.2), 2000)
-    distance, T = kl(equilibrium, path[1:]), torch.arange(1, 2001)
+
+    distance = kl(equilibrium, path[1:])
+    T = torch.arange(1, 2001)
     assert (distance <= 8 / (tau**2 * (T + 1))).all()
     assert distance[-1] < 1e-3 * distance[0]
 
@@ -161,7 +172,8 @@ def test_nearest_log_ratio_is_scipys_minimum_over_all_policies(eta):
     optimize = pytest.importorskip("scipy.optimize")
     generator = torch.Generator().manual_seed(0)
     for n in (2, 3, 6):
-        payoff, log_policy = random_game(n, generator), random_policy(n, generator, 1.0)
+        payoff = random_game(n, generator)
+        log_policy = random_policy(n, generator, 1.0)
         target = sppo_target(win_rate(payoff, log_policy), eta)
 
         def squares(theta, log_policy=log_policy, target=target):
@@ -189,7 +201,8 @@ def test_nearest_log_ratio_solves_its_lagrange_equations(eta):
 
 def test_constant_half_is_the_exact_normaliser_for_small_eta():
     generator = torch.Generator().manual_seed(2)
-    payoff, log_policy = random_game(6, generator), random_policy(6, generator)
+    payoff = random_game(6, generator)
+    log_policy = random_policy(6, generator)
     for eta in (0.01, 0.1, 1.0):
         difference = sppo_half(payoff, [log_policy], eta) - sppo(payoff, [log_policy], eta)
         assert difference.abs().max() <= eta**2 / 4
@@ -206,7 +219,8 @@ def test_dpo_on_a_bradley_terry_game_recovers_its_rewards():
 def test_dpo_matches_expected_wins_in_games_that_are_not_bradley_terry(seed):
     """Its stationarity condition, Zermelo's: Σ_j π_j σ(r_i - r_j) = Σ_j π_j P_ij for every i."""
     generator = torch.Generator().manual_seed(seed)
-    payoff, log_policy = 0.02 + 0.96 * random_game(5, generator), random_policy(5, generator, 1.0)
+    payoff = 0.02 + 0.96 * random_game(5, generator)
+    log_policy = random_policy(5, generator, 1.0)
     payoff.fill_diagonal_(0.5)
     path = [log_policy, tabular.iterative_dpo(payoff, [log_policy], eta=2.0)]
     reward = (path[1] - path[0]) / 2.0
@@ -217,7 +231,8 @@ def test_dpo_matches_expected_wins_in_games_that_are_not_bradley_terry(seed):
 def test_ipo_is_sppo_when_pairs_are_drawn_from_the_policy():
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
-        payoff, log_policy = random_game(6, generator), random_policy(6, generator, 1.0)
+        payoff = random_game(6, generator)
+        log_policy = random_policy(6, generator, 1.0)
         ours = sppo(payoff, [log_policy], 0.8)
         assert torch.allclose(tabular.iterative_ipo(payoff, [log_policy], 0.8), ours, atol=1e-8)
 

@@ -1,6 +1,7 @@
-"""Claims about toy/text_game.py: the oracle by hand, and exact shares against an enumeration of every token sequence."""
+"""Claims about toy/text_game.py: the oracle by hand, exact shares against an enumeration."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,24 +9,15 @@ import torch
 from conftest import tiny_run
 
 from data import Tokenizer, pad_responses, read_pairs
-from judge_report import report
+from evaluate.judge_report import report
+from judges.load import load_judge
 from model import Transformer, initialize
-from prefmodel import load_judge
 from sppo import sequence_logps, win_rates
 from toy import text_game
+from toy.debug import build_debugging
 from toy.text_game import (
-    CLASSES,
-    STRENGTHS,
-    SUMS,
-    build_debugging,
-    class_shares,
-    classify,
-    describe,
-    draw_pairs,
-    measure,
-    model_config,
-    oracle,
-    payoff,
+    CLASSES, STRENGTHS, SUMS, class_shares, classify, describe, draw_pairs, measure, model_config,
+    oracle, payoff,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ the rules
@@ -34,9 +26,11 @@ from toy.text_game import (
 @pytest.mark.parametrize(
     ("response", "kind"),
     [
-        ("7.", "right."), ("7!", "right!"), ("7?", "right?"), ("8.", "wrong."), ("77?", "wrong?"), ("0!", "wrong!"),
-        ("07.", "malformed"), ("7", "malformed"), ("7..", "malformed"), (".7", "malformed"), ("", "malformed"),
-        ("777.", "malformed"), ("7.\n", "malformed"), ("٧.", "malformed"), ("7 .", "malformed"), ("+7.", "malformed"),
+        ("7.", "right."), ("7!", "right!"), ("7?", "right?"),
+        ("8.", "wrong."), ("77?", "wrong?"), ("0!", "wrong!"),
+        ("07.", "malformed"), ("7", "malformed"), ("7..", "malformed"), (".7", "malformed"),
+        ("", "malformed"), ("777.", "malformed"), ("7.\n", "malformed"), ("٧.", "malformed"),
+        ("7 .", "malformed"), ("+7.", "malformed"),
     ],
 )  # fmt: skip
 def test_responses_are_classified_by_number_and_ending(response, kind):
@@ -45,22 +39,28 @@ def test_responses_are_classified_by_number_and_ending(response, kind):
 
 def test_payoff_is_a_preference():
     table = payoff()
-    assert torch.allclose(table + table.T, torch.ones(7, 7, dtype=torch.float64), rtol=0, atol=1e-12)
+    ones = torch.ones(7, 7, dtype=torch.float64)
+    assert torch.allclose(table + table.T, ones, rtol=0, atol=1e-12)
     assert win_rates(table).mean().item() == pytest.approx(0.5)
 
 
 def test_oracle_by_hand():
-    """Right beats wrong .95 and wrong beats malformed .95 whatever the endings; equals meet in the circle of endings."""
+    """Right beats wrong and wrong beats malformed, .95; between equals the circle decides."""
     table = oracle("3+4=", ["7.", "7!", "7?", "8.", "8!", "x"])
     expected = [
-        [0.5, 0.9, 0.2, 0.95, 0.95, 0.95], [0.1, 0.5, 0.9, 0.95, 0.95, 0.95], [0.8, 0.1, 0.5, 0.95, 0.95, 0.95],
-        [0.05, 0.05, 0.05, 0.5, 0.9, 0.95], [0.05, 0.05, 0.05, 0.1, 0.5, 0.95], [0.05, 0.05, 0.05, 0.05, 0.05, 0.5],
+        [0.50, 0.90, 0.20, 0.95, 0.95, 0.95],
+        [0.10, 0.50, 0.90, 0.95, 0.95, 0.95],
+        [0.80, 0.10, 0.50, 0.95, 0.95, 0.95],
+        [0.05, 0.05, 0.05, 0.50, 0.90, 0.95],
+        [0.05, 0.05, 0.05, 0.10, 0.50, 0.95],
+        [0.05, 0.05, 0.05, 0.05, 0.05, 0.50],
     ]  # fmt: skip
     assert torch.allclose(table, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_oracle_takes_other_strengths():
-    assert oracle("3+4=", ["7.", "7!"], strengths=[0.6, 0.9, 0.8])[0, 1].item() == pytest.approx(0.6)
+    table = oracle("3+4=", ["7.", "7!"], strengths=[0.6, 0.9, 0.8])
+    assert table[0, 1].item() == pytest.approx(0.6)
 
 
 def test_oracle_judges_by_the_prompt():
@@ -72,7 +72,10 @@ def test_there_are_a_hundred_sums():
 
 
 def test_labels_of_pairs_are_coin_flips_of_the_oracle(tmp_path):
-    """The chosen one of a right and a wrong answer is right in 95 %: of about 1,500 such pairs, within 5 standard errors."""
+    """Of a right and a wrong answer, the right one is chosen in 95 %.
+
+    There are about 1,500 such pairs; their share is within 5 standard errors.
+    """
     pairs = draw_pairs(4000, (0.9, 0.9, 0.8), torch.Generator().manual_seed(0))
     quality = [[classify(pair["prompt"], pair[side]) // 3 for side in ("chosen", "rejected")] for pair in pairs]
     unequal = [chosen < rejected for chosen, rejected in quality if {chosen, rejected} == {0, 1}]
@@ -93,7 +96,8 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     """Weights so small that every token is about as likely as every other, and so no class is rare."""
-    return initialize(Transformer(model_config(layers=1, width=16)), torch.Generator().manual_seed(0))
+    untrained = Transformer(model_config(layers=1, width=16))
+    return initialize(untrained, torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +111,27 @@ def test_class_shares_sum_to_one(shares):
 
 
 def test_class_shares_equal_the_enumeration_of_all_token_sequences(world, model, shares):
-    """Every sequence of up to 3 tokens and the stop token, decoded and classified. A response with <unk> or <s> in it,
-    which decoding hides, counts as malformed; so does one that has not stopped after four tokens."""
+    """Every sequence of up to 3 tokens and the stop token, decoded and classified.
+
+    A response with <unk> or <s> in it, which decoding hides, counts as malformed; so does one that
+    has not stopped after four tokens.
+    """
+    prompt = "3+4="
     tokenizer = Tokenizer(world / "policy")
-    prompt, others = "3+4=", [token for token in range(18) if token != tokenizer.eos]
-    bodies = [[]]
-    for _ in range(3):
-        bodies += [body + [token] for body in bodies if len(body) == max(map(len, bodies)) for token in others]
+    others = [token for token in range(18) if token != tokenizer.eos]
+    bodies = [list(body) for length in range(4) for body in product(others, repeat=length)]
     assert len(bodies) == 1 + 17 + 17**2 + 17**3
+
     responses = [body + [tokenizer.eos] for body in bodies]
+    prompts = [tokenizer.prompt_ids(prompt, "plain")] * len(responses)
     with torch.no_grad():
-        tokens, mask = pad_responses([tokenizer.prompt_ids(prompt, "plain")] * len(responses), responses)
+        tokens, mask = pad_responses(prompts, responses)
         probability = sequence_logps(model(tokens), tokens, mask).double().exp()
+
     kinds = [6 if {0, 1} & set(body) else classify(prompt, tokenizer.decode(body)) for body in bodies]
     exact = torch.zeros(7, dtype=torch.float64).index_add_(0, torch.tensor(kinds), probability)
     exact[6] += 1 - probability.sum()
+
     row = list(SUMS).index(prompt)
     assert torch.allclose(shares[row], exact, rtol=1e-3, atol=1e-9)
     assert exact.min() > 1e-6
@@ -160,7 +170,8 @@ def test_last_and_average_are_those_of_the_rounds(measured):
     first, last = result["rounds"]
     assert result["last"] == last and first != last != result["base"] != first
     assert result["average"]["right"] == pytest.approx((first["right"] + last["right"]) / 2)
-    assert result["average"]["malformed"] == pytest.approx((first["malformed"] + last["malformed"]) / 2)
+    malformed = (first["malformed"] + last["malformed"]) / 2
+    assert result["average"]["malformed"] == pytest.approx(malformed)
 
 
 def test_equilibrium_is_always_right_with_mixed_endings(measured):
@@ -178,12 +189,26 @@ def test_a_folder_without_rounds_is_named(world, tmp_path):
 def test_build_writes_the_folders_that_train_takes(tmp_path, monkeypatch, capsys):
     """With two steps of training in place of 600, and 50 pairs: the layout, not the quality."""
     train_base = text_game.train_base
-    monkeypatch.setattr(text_game, "train_base", lambda model, tokenizer, steps, batch, g: train_base(model, tokenizer, 2, 8, g))
-    monkeypatch.setattr("sys.argv", ["text_game", "build", str(tmp_path / "world"), "--pairs", "50"])
+
+    def hasty(model, tokenizer, steps, batch, generator):
+        train_base(model, tokenizer, 2, 8, generator)
+
+    world = tmp_path / "world"
+    monkeypatch.setattr(text_game, "train_base", hasty)
+    monkeypatch.setattr("sys.argv", ["text_game", "build", str(world), "--pairs", "50"])
     assert text_game.main() == 0
-    assert len(read_pairs(tmp_path / "world/pairs.jsonl")) == 50
-    result = tiny_run(tmp_path / "world", tmp_path / "run", judge=str(tmp_path / "world/judge"), rounds=1)
+    assert len(read_pairs(world / "pairs.jsonl")) == 50
+
+    result = tiny_run(world, tmp_path / "run", judge=str(world / "judge"), rounds=1)
     assert Path(tmp_path / "run/round-01/policy/model.safetensors").is_file() and result
+
+
+def test_build_refuses_a_folder_that_holds_a_world(tmp_path, monkeypatch, capsys):
+    (tmp_path / "world.json").touch()
+    monkeypatch.setattr("sys.argv", ["text_game", "build", str(tmp_path)])
+    assert text_game.main() == 2
+    assert "already a world" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["world.json"]
 
 
 def test_measure_of_a_missing_run_ends_with_one_line(world, tmp_path, monkeypatch, capsys):
@@ -197,7 +222,8 @@ def test_measure_of_a_missing_run_ends_with_one_line(world, tmp_path, monkeypatc
 
 def test_biased_oracle_gives_the_longer_answer_so_many_logits_more():
     responses = ["7.", "7!", "13.", "7.."]
-    fair, biased = (oracle("3+4=", responses, longer=longer) for longer in (0.0, 0.3))
+    fair = oracle("3+4=", responses)
+    biased = oracle("3+4=", responses, longer=0.3)
     moved = torch.logit(biased) - torch.logit(fair)
     assert moved[2, 0].item() == pytest.approx(0.3) and moved[0, 2].item() == pytest.approx(-0.3)
     assert moved[0, 1].abs() < 1e-9 and moved[3, 2].abs() < 1e-9
@@ -208,7 +234,8 @@ def test_report_shows_the_bias_of_an_oracle_that_likes_length():
     """Labels drawn from the fair oracle: its own length correlation is theirs, the biased one's is larger."""
     pairs = draw_pairs(3000, STRENGTHS, torch.Generator().manual_seed(0))
     pairs = [pair | {"probability": 1.0} for pair in pairs]
-    fair, biased = (report(load_judge("toy.text_game:oracle:" + json.dumps({"longer": b})), pairs) for b in (0.0, 1.0))
+    fair = report(load_judge('toy.text_game:oracle:{"longer": 0.0}'), pairs)
+    biased = report(load_judge('toy.text_game:oracle:{"longer": 1.0}'), pairs)
     assert biased["length_correlation"] > fair["length_correlation"] + 0.05
     assert fair["expected_calibration_error"] < 0.02
     assert biased["expected_calibration_error"] > fair["expected_calibration_error"]

@@ -8,8 +8,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,16 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from children import Child, content, flags
-from conftest import ROOT, letters, tiny_run, tiny_settings
+from conftest import letters, tiny_run, tiny_settings
 from safetensors.torch import load_file
 
-import model as transformer
 import train
 from data import Tokenizer
+from engine.run_folder import Metrics
+from generate import generate
 from model import Transformer, initialize
 from prefmodel import PreferenceModel
 from sppo import TARGETS
-from toy.text_game import build_debugging, model_config
+from toy.debug import build_debugging
+from toy.text_game import model_config
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def draw(monkeypatch):
     """No figure, which takes half a second; the function that draws it, for the one test that wants it."""
-    draw = train.draw
-    monkeypatch.setattr(train, "draw", lambda lines, path: None)
+    draw = train.draw_curves
+    monkeypatch.setattr(train, "draw_curves", lambda lines, path: None)
     return draw
 
 
@@ -70,7 +70,7 @@ def write_prompts(path, *prompts):
 
 
 def test_a_run_writes_every_file_of_the_design(world, tmp_path, draw, monkeypatch):
-    monkeypatch.setattr(train, "draw", draw)
+    monkeypatch.setattr(train, "draw_curves", draw)
     run(world, tmp_path / "run")
     stages = ["responses.jsonl", "preferences.safetensors", "logps.safetensors"]
     checkpoint = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -84,7 +84,7 @@ def test_a_run_writes_every_file_of_the_design(world, tmp_path, draw, monkeypatc
 def test_config_json_holds_every_setting(world, tmp_path):
     settings = tiny_settings(world, tmp_path / "run", eta=3.0)
     train.run(settings)
-    expected = {name: value for name, value in asdict(settings).items() if name not in train.APART}
+    expected = {name: value for name, value in asdict(settings).items() if name != "out"}
     assert json.loads((tmp_path / "run/config.json").read_text()) == expected
 
 
@@ -115,9 +115,9 @@ def test_preferences_are_the_judges_with_their_win_rates(world, tmp_path):
 def test_each_round_starts_from_the_policy_of_the_round_before(world, tmp_path):
     """Greedy decoding by the stored π_2 gives round 2's responses, all K alike."""
     run(world, tmp_path / "run", temperature=0.0)
-    policy, tokenizer = Transformer.from_pretrained(tmp_path / "run/round-01/policy"), Tokenizer(world / "policy")
+    policy, tokenizer = (Transformer.from_pretrained(tmp_path / "run/round-01/policy"), Tokenizer(world / "policy"))
     for row in lines(tmp_path / "run/round-02/responses.jsonl"):
-        greedy = transformer.generate(policy, [tokenizer.prompt_ids(row["prompt"], "plain")], 3, 4, tokenizer.eos, 0.0)[0]
+        greedy = generate(policy, [tokenizer.prompt_ids(row["prompt"], "plain")], 3, 4, tokenizer.eos, 0.0)[0]
         assert row["tokens"] == greedy
 
 
@@ -282,7 +282,7 @@ def test_control_c_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "sppo_round", interrupted)
     assert train.main(flags(tiny_settings(world, tmp_path / "run"))) == 130
-    assert "the same command continues behind the last finished stage" in capsys.readouterr().err
+    assert "the same command continues after the last finished stage" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ killed and full disk
@@ -495,27 +495,6 @@ def test_every_flag_has_its_help(capsys):
     assert all("--" + name.replace("_", "-") in shown for name in asdict(train.TrainConfig()))
 
 
-@pytest.fixture(scope="module")
-def debug_run(tmp_path_factory):
-    """`python train.py --preset debug` in an empty folder."""
-    folder = tmp_path_factory.mktemp("debug")
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--preset", "debug"], cwd=folder, capture_output=True, text=True)
-    return folder, done
-
-
-def test_the_debug_preset_runs_from_nothing(debug_run):
-    folder, done = debug_run
-    assert done.returncode == 0, done.stderr
-    assert (folder / "out/debug/round-02/policy/model.safetensors").is_file() and (folder / "out/debug/curves.png").is_file()
-    assert "Warning" not in done.stderr
-
-
-def test_the_debug_preset_has_something_to_learn(debug_run):
-    """Else every target, gradient and log-ratio in the debugger is 0."""
-    rounds = [row for row in lines(debug_run[0] / "out/debug/metrics.jsonl") if "loss" not in row]
-    assert all(row["first_loss"] > 0 for row in rounds)
-
-
 def test_a_run_that_diverges_stops_before_its_weights_are_kept(world, tmp_path, capsys):
     line = refused(capsys, world, tmp_path / "run", lr=999.0, epochs=50)
     assert "the gradient norm is" in line and "lower --lr or --eta" in line
@@ -594,19 +573,21 @@ def test_large_vocabularies_are_scored_in_chunks_with_the_same_numbers(world, tm
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_a_fit_that_is_stopped_continues_behind_its_last_saved_step_to_the_same_bytes(
+def test_a_fit_that_is_stopped_continues_after_its_last_saved_step_to_the_same_bytes(
     world, tmp_path, monkeypatch, optimizer, dtype
 ):
-    settings, log, calls = dict(epochs=4, batch=1, optimizer=optimizer, dtype=dtype, save_minutes=0), train.TextGame.log, []
+    settings = dict(epochs=4, batch=1, optimizer=optimizer, dtype=dtype, save_minutes=0)
+    log = Metrics.step
+    calls = []
 
-    def stopped(game, **step):
+    def stopped(metrics, number, step):
         calls.append(step)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        log(game, **step)
+        log(metrics, number, step)
 
     whole_run = tiny_run(world, tmp_path / "whole", **settings)
-    monkeypatch.setattr(train.TextGame, "log", stopped)
+    monkeypatch.setattr(Metrics, "step", stopped)
     with pytest.raises(KeyboardInterrupt):
         tiny_run(world, tmp_path / "stopped", **settings)
     assert [path.name for path in (tmp_path / "stopped/round-01").glob("fit-*")] == ["fit-3"]
@@ -620,7 +601,7 @@ def test_a_fit_that_is_stopped_continues_behind_its_last_saved_step_to_the_same_
 
 
 def test_a_fit_is_not_saved_before_it_is_time_and_a_damaged_state_is_named(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.TextGame, "log", lambda game, **step: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Metrics, "step", lambda metrics, *step: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tiny_run(world, tmp_path / "run")
     state = tmp_path / "run/round-01/fit-1"
@@ -632,21 +613,31 @@ def test_a_fit_is_not_saved_before_it_is_time_and_a_damaged_state_is_named(world
 
 
 @pytest.mark.parametrize(
-    "method, error, words",
+    "owner, method, error, words",
     [
-        ("sample", torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "round 1/2 responses: out of memory; lower --pool"),
-        ("judge", MemoryError("no more"), "round 1/2 preferences: out of memory; judge with a smaller model"),
-        ("log", RuntimeError("not enough memory: you tried to allocate 9 bytes"), "policy: out of memory; lower --micro-tokens"),
+        (
+            train.TextGame,
+            "sample",
+            torch.OutOfMemoryError("CUDA out of memory. Tried ..."),
+            "round 1/2 responses: out of memory; lower --pool",
+        ),
+        (train.TextGame, "judge", MemoryError("no more"), "round 1/2 preferences: out of memory; judge with a smaller model"),
+        (
+            Metrics,
+            "step",
+            RuntimeError("not enough memory: you tried to allocate 9 bytes"),
+            "policy: out of memory; lower --micro-tokens",
+        ),
     ],
 )
 def test_running_out_of_memory_names_the_flag_to_lower_and_keeps_the_finished_stages(
-    world, tmp_path, monkeypatch, method, error, words
+    world, tmp_path, monkeypatch, owner, method, error, words
 ):
     def fail(*arguments, **named):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.TextGame, method, fail)
+        patch.setattr(owner, method, fail)
         with pytest.raises(ValueError, match=words):
             tiny_run(world, tmp_path / "run", micro_batch=2)
     less = dict(micro_batch=1, pool=2, recompute=True)  # as advised, in the same folder
@@ -657,23 +648,6 @@ def test_other_runtime_errors_are_not_called_out_of_memory(world, tmp_path, monk
     monkeypatch.setattr(train.TextGame, "sample", lambda game, prompts: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         tiny_run(world, tmp_path / "run")
-
-
-# ------------------------------------------------------------------------------------------------ the plan
-
-
-def test_plan_prints_and_writes_nothing(world, tmp_path, capsys):
-    flags = ["--policy", f"{world}/policy", "--judge", "conftest:letters", "--prompts", f"{world}/prompts.jsonl"]
-    flags += ["--out", str(tmp_path / "run"), "--template", "plain", "--max-new-tokens", "4"]
-    assert train.main(["--plan", "--gpu", "a100-80", *flags]) == 0
-    assert "plan for 1 × a100-80 of 80 GB" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    assert train.main(["--plan", "--gpus", "0", *flags]) == 2 and "--gpus is 0" in capsys.readouterr().err
-
-
-def test_plan_flags_are_no_settings_of_a_run(world, tmp_path):
-    tiny_run(world, tmp_path / "run", rounds=1)
-    assert {"plan", "gpus", "gpu"}.isdisjoint(json.loads((tmp_path / "run/config.json").read_text()))
-    tiny_run(world, tmp_path / "run", rounds=1, gpus=8)
 
 
 # ------------------------------------------------------------------------------------------------ bfloat16

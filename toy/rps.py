@@ -1,249 +1,369 @@
-"""Theorem 4.1 on rock–paper–scissors: SPPO's average policy finds the equilibrium while its last policy runs away from it.
+"""Theorem 4.1 on rock–paper–scissors: SPPO's average policy finds the equilibrium, its last one
+runs away from it.
 
     python -m toy.rps          out/toy/rps.png, out/toy/rps.json
 
-Top row, exact. The win rates against π_t sum up to the win rates against the average of all π_t so far, and
-multiplicative weights has little regret, so the average's exploitability after T rounds of a fixed η is at most
-max_y log(1/π_1(y))/(ηT) + η/8; from the uniform policy with η = √(8 ln n/T) that is √(ln n/(2T)). The last policy circles
-outwards: where all actions are in the equilibrium π*, KL(π*‖π_{t+1}) - KL(π*‖π_t) = log Z_t - η/2, which is never negative:
-each round it moves away by as much as the constant ½ of eq. 4.7 is wrong.
+Top row, exact. The win rates against π_1, π_2, ... sum to the win rates against their average, and
+multiplicative weights has little regret, so after T rounds with a fixed η the average's
+exploitability is at most max_y log(1/π_1(y))/(ηT) + η/8; from the uniform policy with
+η = √(8 ln n/T) that is √(ln n/(2T)). The last policy circles outwards: where the equilibrium π*
+contains all actions, KL(π*‖π_{t+1}) - KL(π*‖π_t) = log Z_t - η/2, which is never negative. In each
+round it moves away by as much as the constant ½ of eq. 4.7 is wrong.
 
-Bottom row, sampled. The policy is our Transformer, asked for one of three words; each round it draws K of them, and
-sppo.py's `sppo_round` fits it to their win rates. Its paths are laid over the exact one from the same start.
+Bottom row, sampled. The policy is our Transformer, asked for one of three words; in each round it
+draws K of them, and sppo.py's `sppo_round` fits it to their win rates. Its paths are drawn over the
+exact one from the same start.
 """
 
 import math
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
-from model import ModelConfig, Transformer, generate, initialize
-from sppo import RoundConfig, sequence_logps, sppo_round
+from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, new_figure, slope
+from generate import generate
+from model import ModelConfig, Transformer, initialize
+from sppo import Game, RoundConfig, sequence_logps, sppo_round
 from toy.games import cycle, every_game, exploitability, nash
-from toy.lab import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, script, slope, triangle
+from toy.lab import script, triangle
 from toy.tabular import averages, kl, play, sppo
 
 WORDS = ("rock", "scissors", "paper")  # each beats the next
 PROMPT = [0]  # the model's only prompt is the word `rock`; what follows it is the policy
+START = (0.6, 0.3, 0.1)
 
-# ------------------------------------------------------------------------------------------------ exact
+# ------------------------------------------------------------------------ exact
 
 
-def exact(payoff, start, eta, rounds):
-    """Exploitability of the last and of the average policy, the bound of the average, and KL(π*‖π_t), for every round."""
+def describe(payoff: Tensor, path: Tensor) -> dict:
+    """The policies of a path (T, n), their averages, and the exploitability of both, by round."""
+    average = averages(path)
+    return {
+        "path": path.exp().tolist(),
+        "averages": average.tolist(),
+        "last": exploitability(payoff, path.exp()).tolist(),
+        "average": exploitability(payoff, average).tolist(),
+    }
+
+
+def exact(payoff: Tensor, start: tuple, eta: float, rounds: int) -> dict:
+    """Exact play: `describe`, the bound of the average, and KL(π*‖π_t), for t = 1 to rounds + 1."""
     path = play(partial(sppo, eta=eta), payoff, start, rounds)
+
+    # The bound starts from the action that has the least weight in π_1.
     t = torch.arange(1, len(path) + 1)
+    surprise = -min(math.log(share) for share in start)
+
     return {
         "eta": eta,
-        "path": path.exp().tolist(),
-        "averages": averages(path).tolist(),
-        "last": exploitability(payoff, path.exp()).tolist(),
-        "average": exploitability(payoff, averages(path)).tolist(),
-        "bound": (-min(math.log(share) for share in start) / (eta * t) + eta / 8).tolist(),
+        **describe(payoff, path),
+        "bound": (surprise / (eta * t) + eta / 8).tolist(),
         "kl_from_equilibrium": kl(nash(payoff), path).tolist(),
     }
 
 
-def horizons(games, rounds):
-    """For each game and each T: exploitability of the average of T rounds at η = √(8 ln n/T) from uniform, and its bound."""
+def horizons(games: dict[str, Tensor], rounds: list[int]) -> dict:
+    """For each game and each T: exploitability of the average of T rounds, and its bound.
+
+    Play is from the uniform policy at η = √(8 ln n/T), so the bound is √(ln n/(2T)).
+    """
     result = {}
     for name, payoff in tqdm(games.items(), desc="horizons", unit="game", leave=False):
         n = len(payoff)
+        uniform = torch.full((n,), 1 / n)
         gaps = []
         for T in rounds:
-            path = play(partial(sppo, eta=math.sqrt(8 * math.log(n) / T)), payoff, torch.full((n,), 1 / n), T - 1)
+            step = partial(sppo, eta=math.sqrt(8 * math.log(n) / T))
+            path = play(step, payoff, uniform, T - 1)
             gaps.append(exploitability(payoff, averages(path)[-1]).item())
         bounds = [math.sqrt(math.log(n) / (2 * T)) for T in rounds]
-        late = [i for i, T in enumerate(rounds) if T >= 10]
+
+        # The rate is asymptotic: the first few rounds would only bend the fitted line.
+        late = [(T, gap) for T, gap in zip(rounds, gaps) if T >= 10]
         result[name] = {
-            "actions": n, "rounds": list(rounds), "exploitability": gaps, "bound": bounds,
+            "actions": n,
+            "rounds": list(rounds),
+            "exploitability": gaps,
+            "bound": bounds,
             "largest_share_of_bound": max(gap / bound for gap, bound in zip(gaps, bounds)),
-            "slope": slope([rounds[i] for i in late], [gaps[i] for i in late]),
-        }  # fmt: skip
+            "slope": slope(*zip(*late)),
+        }
     return result
 
 
-# ------------------------------------------------------------------------------------------------ sampled
+# ------------------------------------------------------------------------ sampled
 
 
-class WordGame:
-    """What `sppo_round` plays with: a transformer that says one word, and the payoff of the words."""
+class WordGame(Game):
+    """A transformer that says one word, and the payoff of the words."""
 
-    def __init__(self, policy, payoff, samples, generator):
-        self.policy, self.payoff, self.samples, self.generator = policy, payoff, samples, generator
+    def __init__(self, policy: Transformer, payoff: Tensor, samples: int, generator):
+        self.policy = policy
+        self.payoff = payoff
+        self.samples = samples
+        self.generator = generator
 
     def sample(self, prompts):
-        return generate(self.policy, prompts, self.samples, max_new_tokens=1, stop_token=None, generator=self.generator)
+        # Without a stop token, each response is exactly one word.
+        options = dict(max_new_tokens=1, stop_token=None, generator=self.generator)
+        return generate(self.policy, prompts, self.samples, **options)
 
     def judge(self, prompts, responses):
         words = torch.tensor(responses)[..., 0]  # (N, K)
         return self.payoff[words[:, :, None], words[:, None, :]]
 
     def logps(self, prompts, responses):
-        rows = [prompt + response for prompt, some in zip(prompts, responses) for response in some]
-        tokens = torch.tensor(rows)  # (B, 2): the prompt's word, the policy's
+        rows = []
+        for prompt, words in zip(prompts, responses):
+            rows += [prompt + word for word in words]
+
+        # Of the two words of a row the first is the prompt's, and does not count.
+        tokens = torch.tensor(rows)  # (B, 2)
         mask = torch.tensor([False, True]).expand_as(tokens)
         return sequence_logps(self.policy(tokens), tokens, mask).view(len(prompts), -1)
 
     @torch.no_grad()
-    def log_policy(self):
+    def log_policy(self) -> Tensor:
         """log π of the three words, exactly: (3,) float64."""
         return torch.log_softmax(self.policy(torch.tensor([PROMPT]))[0, -1].double(), -1)
 
 
-def model_config():
+def model_config() -> ModelConfig:
+    """The smallest transformer that is still one: one layer of width 16."""
     return ModelConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=8,
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=8,
     )  # fmt: skip
 
 
-def teach(policy, shares, steps=300):
+def teach(policy: Transformer, shares: tuple, steps: int = 300) -> None:
     """Train a fresh policy to say the words with these shares: the base policy."""
     shares = torch.tensor(shares)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
+
     for _ in range(steps):
-        loss = -(shares * torch.log_softmax(policy(torch.tensor([PROMPT]))[0, -1], -1)).sum()
+        logits = policy(torch.tensor([PROMPT]))[0, -1]
+        loss = -(shares * torch.log_softmax(logits, -1)).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def neural(payoff, start, eta, rounds, samples, seed):
-    """log π_1, ..., log π_{rounds + 1} (rounds + 1, 3) of a transformer trained by `sppo_round` on `samples` words a round."""
+def neural(
+    payoff: Tensor, start: tuple, eta: float, rounds: int, samples: int, seed: int
+) -> Tensor:
+    """log π_1, ..., log π_{rounds + 1} of a transformer under `sppo_round`: (rounds + 1, 3)."""
     generator = torch.Generator().manual_seed(seed)
     policy = initialize(Transformer(model_config()), generator)
     teach(policy, start)
     game = WordGame(policy, payoff, samples, generator)
-    settings = RoundConfig(eta=eta, select="all", epochs=16, batch=1, optimizer="adamw", lr=4e-3, warmup=0.0, clip=1e9)
+
+    # The theory's setting: all K responses, fitted well in each round, the gradient not clipped.
+    config = RoundConfig(
+        eta=eta, select="all", epochs=16, batch=1, optimizer="adamw", lr=4e-3, warmup=0.0, clip=1e9
+    )
+
     path = [game.log_policy()]
     for _ in tqdm(range(rounds), desc=f"transformer, seed {seed}", unit="round", leave=False):
-        sppo_round(game, [PROMPT], settings, generator)
+        sppo_round(game, [PROMPT], config, generator)
         path.append(game.log_policy())
     return torch.stack(path)
 
 
-def compare(payoff, start, eta, rounds, samples, seeds):
-    """The exact path from `start`, and the neural ones beside it: exploitability by round, and distance to the exact path."""
+def compare(
+    payoff: Tensor, start: tuple, eta: float, rounds: int, samples: int, seeds: Iterable[int]
+) -> dict:
+    """The exact path from `start`, and a transformer's path for each seed.
+
+    Each is a `describe`; a transformer's has its total variation from the exact one in each round.
+    """
     reference = exact(payoff, start, eta, rounds - 1)
-    result = {"start": start, "eta": eta, "rounds": rounds, "samples": samples, "exact": reference, "neural": []}
+    exact_path = torch.tensor(reference["path"])
+
+    rows = []
     for seed in seeds:
+        # The policy after the last round is dropped: the exact path ends one earlier, too.
         path = neural(payoff, start, eta, rounds, samples, seed)[:rounds]
-        distance = (path.exp() - torch.tensor(reference["path"])).abs().sum(-1) / 2
-        result["neural"].append({
-            "seed": seed, "path": path.exp().tolist(), "averages": averages(path).tolist(),
-            "last": exploitability(payoff, path.exp()).tolist(), "average": exploitability(payoff, averages(path)).tolist(),
-            "total_variation_from_exact": distance.tolist(),
-        })  # fmt: skip
-    return result
+        distance = (path.exp() - exact_path).abs().sum(-1) / 2
+        row = {"seed": seed, **describe(payoff, path)}
+        row["total_variation_from_exact"] = distance.tolist()
+        rows.append(row)
+
+    settings = {"start": start, "eta": eta, "rounds": rounds, "samples": samples}
+    return {**settings, "exact": reference, "neural": rows}
 
 
-# ------------------------------------------------------------------------------------------------ what it shows
+# ------------------------------------------------------------------------ what it shows
 
 HORIZONS = sorted({round(10 ** (k / 10)) for k in range(41)})  # 1 to 10,000
 
 
-def measure(args):
-    """All of it. The seed is that of the random games and of the first of five transformers; the rest is exact."""
+def measure(args: Namespace) -> dict:
+    """Everything. The seed is for the random games and the first of five transformers."""
+    payoff = cycle()
+    seeds = range(args.seed, args.seed + 5)
     return {
-        "equilibrium": nash(cycle()).tolist(),
-        "exact": exact(cycle(), (0.6, 0.3, 0.1), eta=0.3, rounds=3000),
+        "equilibrium": nash(payoff).tolist(),
+        "exact": exact(payoff, START, eta=0.3, rounds=3000),
         "horizons": horizons(every_game(args.seed), HORIZONS),
-        "sampled": compare(cycle(), (0.6, 0.3, 0.1), eta=0.4, rounds=100, samples=512, seeds=range(args.seed, args.seed + 5)),
+        "sampled": compare(payoff, START, eta=0.4, rounds=100, samples=512, seeds=seeds),
     }
 
 
-def print_table(result):
-    rows, sampled = result["exact"], result["sampled"]
+def print_table(result: dict) -> None:
+    print_exact(result["exact"])
+    print_horizons(result["horizons"])
+    print_sampled(result["sampled"])
+
+
+def print_exact(rows: dict) -> None:
+    title = f"exact, η = {rows['eta']}      round  exploitability: last"
+    print(title + "   average     bound   KL from equilibrium")
+
     distance = rows["kl_from_equilibrium"]
-    print(f"exact, η = {rows['eta']}      round  exploitability: last   average     bound   KL from equilibrium")
     for t in (1, 10, 100, 1000, 3000):
-        print(f"{t:25}{rows['last'][t - 1]:22.4f}{rows['average'][t - 1]:10.4f}", end="")
-        print(f"{rows['bound'][t - 1]:10.4f}{distance[t - 1]:22.4f}")
-    print(f"KL grows in every round: {all(a < b for a, b in zip(distance, distance[1:]))}")
-    print("\nη = √(8 ln n/T) from uniform, T = 1 to 10,000    largest share of the bound    log–log slope")
-    for name, row in result["horizons"].items():
+        last = rows["last"][t - 1]
+        average = rows["average"][t - 1]
+        bound = rows["bound"][t - 1]
+        print(f"{t:25}{last:22.4f}{average:10.4f}{bound:10.4f}{distance[t - 1]:22.4f}")
+
+    grows = all(before < after for before, after in zip(distance, distance[1:]))
+    print(f"KL grows in every round: {grows}")
+
+
+def print_horizons(games: dict) -> None:
+    title = "\nη = √(8 ln n/T) from uniform, T = 1 to 10,000"
+    print(title + "    largest share of the bound    log–log slope")
+    for name, row in games.items():
         print(f"  {name:44}{row['largest_share_of_bound']:28.3f}{row['slope']:17.2f}")
-    K, rounds = sampled["samples"], sampled["rounds"]
-    print(f"\ntransformer, η = {sampled['eta']}, K = {K}: exploitability after {rounds} rounds    last   average   mean distance")
-    print(f"  {'exact':57}{sampled['exact']['last'][-1]:9.4f}{sampled['exact']['average'][-1]:10.4f}")
+
+
+def print_sampled(sampled: dict) -> None:
+    rounds = sampled["rounds"]
+    title = f"\ntransformer, η = {sampled['eta']}, K = {sampled['samples']}"
+    title += f": exploitability after {rounds} rounds"
+    print(title + "    last   average   mean distance")
+
+    reference = sampled["exact"]
+    print(f"  {'exact':57}{reference['last'][-1]:9.4f}{reference['average'][-1]:10.4f}")
     for row in sampled["neural"]:
-        mean = sum(row["total_variation_from_exact"]) / rounds
-        print(f"  {'seed ' + str(row['seed']):57}{row['last'][-1]:9.4f}{row['average'][-1]:10.4f}{mean:16.3f}")
+        name = f"seed {row['seed']}"
+        distance = sum(row["total_variation_from_exact"]) / rounds
+        print(f"  {name:57}{row['last'][-1]:9.4f}{row['average'][-1]:10.4f}{distance:16.3f}")
 
 
-def draw(result):
-    figure = Figure(figsize=(15, 9.5), layout="constrained")
+# ------------------------------------------------------------------------ the figure
+
+
+def draw(result: dict):
+    """Top: exact play. Bottom: the transformer beside it, and all games at all horizons."""
+    figure = new_figure(15, 9.5)
     (simplex, curves, distances), (simplex2, curves2, horizon) = figure.subplots(2, 3)
-    draw_exact(result, simplex, curves, distances)
-    draw_sampled(result, simplex2, curves2)
-    draw_horizons(result["horizons"], horizon)
+
+    draw_exact_path(simplex, result["exact"], result["equilibrium"])
+    draw_exact_curves(curves, result["exact"])
+    draw_distance(distances, result["exact"])
+    draw_sampled_paths(simplex2, result["sampled"], result["equilibrium"])
+    draw_sampled_curves(curves2, result["sampled"])
+    draw_horizons(horizon, result["horizons"])
     return figure
 
 
-def draw_exact(result, simplex, curves, distances):
-    rows = result["exact"]
+def draw_exact_path(axes, rows: dict, equilibrium: list) -> None:
+    point = triangle(axes, [f"all {word}" for word in WORDS])
+    # More rounds would blacken the edge, where the last policy ends up.
+    shown = 400
+    path = point(rows["path"][:shown])
+    average = point(rows["averages"][:shown])
+
+    label = f"policy of each round, 1 to {shown}"
+    axes.plot(*path, color=ORANGE, linewidth=0.8, label=label)
+    axes.plot(*average, color=BLUE, linewidth=1.5, label="average of the rounds so far")
+    mark_start_and_end(axes, point, rows["path"][0], equilibrium)
+    axes.set_title(f"Exact SPPO, η = {rows['eta']}", pad=14)
+
+
+def draw_exact_curves(axes, rows: dict) -> None:
     t = range(1, len(rows["last"]) + 1)
-    point = triangle(simplex, [f"all {word}" for word in WORDS])
-    shown = 400  # rounds; more would blacken the edge
-    simplex.plot(*point(rows["path"][:shown]), color=ORANGE, linewidth=0.8, label=f"policy of each round, 1 to {shown}")
-    simplex.plot(*point(rows["averages"][:shown]), color=BLUE, linewidth=1.5, label="average of the rounds so far")
-    mark(simplex, point, rows["path"][0], result["equilibrium"])
-    simplex.set_title(f"Exact SPPO, η = {rows['eta']}", pad=14)
-    curves.plot(t, rows["last"], color=ORANGE, linewidth=0.8, label="policy of each round")
-    curves.plot(t, rows["average"], color=BLUE, label="average of the rounds so far")
-    curves.plot(t, rows["bound"], "--", color=GREY, label="bound: max log(1/π₁)/(ηt) + η/8")
-    curves.set(xscale="log", yscale="log", xlabel="round t", ylabel="exploitability (win rate above ½)", ylim=(1e-3, 20))
-    curves.set_title("Only the average converges")
-    curves.legend(frameon=False, fontsize=9)
-    distances.plot(t, rows["kl_from_equilibrium"], color=ORANGE)
-    distances.set(xlabel="round t", ylabel="KL(equilibrium ‖ policy of round t), nats", ylim=(0, None))
-    distances.set_title("The last policy moves away in every round")
+    axes.plot(t, rows["last"], color=ORANGE, linewidth=0.8, label="policy of each round")
+    axes.plot(t, rows["average"], color=BLUE, label="average of the rounds so far")
+    axes.plot(t, rows["bound"], "--", color=GREY, label="bound: max log(1/π₁)/(ηt) + η/8")
+
+    axes.set(xscale="log", yscale="log", ylim=(1e-3, 20))
+    axes.set(xlabel="round t", ylabel="exploitability (win rate above ½)")
+    axes.set_title("Only the average converges")
+    axes.legend(frameon=False, fontsize=9)
 
 
-def draw_sampled(result, simplex, curves):
-    sampled, equilibrium = result["sampled"], result["equilibrium"]
-    t = range(1, sampled["rounds"] + 1)
-    point = triangle(simplex, [f"all {word}" for word in WORDS])
-    for row in sampled["neural"]:
-        first = row is sampled["neural"][0]
-        simplex.plot(*point(row["path"]), color=ORANGE, linewidth=0.6, label="transformer, each round" if first else None)
-        simplex.plot(*point(row["averages"]), color=BLUE, linewidth=0.9, label="transformer, average" if first else None)
-        curves.plot(t, row["last"], color=ORANGE, linewidth=0.6, label="transformer, each round" if first else None)
-        curves.plot(t, row["average"], color=BLUE, linewidth=0.9, label="transformer, average" if first else None)
-    for axes, last, average in (
-        (simplex, point(sampled["exact"]["path"]), point(sampled["exact"]["averages"])),
-        (curves, (t, sampled["exact"]["last"]), (t, sampled["exact"]["average"])),
-    ):
-        axes.plot(*last, "--", color="black", linewidth=1, label="exact, each round")
-        axes.plot(*average, ":", color="black", linewidth=1.6, label="exact, average")
-    mark(simplex, point, sampled["exact"]["path"][0], equilibrium)
+def draw_distance(axes, rows: dict) -> None:
+    distance = rows["kl_from_equilibrium"]
+    axes.plot(range(1, len(distance) + 1), distance, color=ORANGE)
+    axes.set(xlabel="round t", ylabel="KL(equilibrium ‖ policy of round t), nats")
+    axes.set_ylim(0, None)
+    axes.set_title("The last policy moves away in every round")
+
+
+def draw_sampled_paths(axes, sampled: dict, equilibrium: list) -> None:
+    point = triangle(axes, [f"all {word}" for word in WORDS])
+    draw_runs(axes, sampled, lambda row: point(row["path"]), lambda row: point(row["averages"]))
+    mark_start_and_end(axes, point, sampled["exact"]["path"][0], equilibrium)
+
     title = f"Our Transformer, {sampled['samples']} samples a round, η = {sampled['eta']}"
-    simplex.set_title(f"{title}: {len(sampled['neural'])} seeds", pad=14)
-    curves.set(xlabel="round", ylabel="exploitability (win rate above ½)", ylim=(0, 0.42), title="Sampled and exact")
-    curves.legend(frameon=False, fontsize=9)
+    axes.set_title(f"{title}: {len(sampled['neural'])} seeds", pad=14)
 
 
-def mark(simplex, point, start, equilibrium):
-    simplex.plot(*point(start), "o", color="black", label="start")
-    simplex.plot(*point(equilibrium), "*", color=GREEN, markersize=15, label="Nash equilibrium")
-    simplex.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.14, 1.04))
+def draw_sampled_curves(axes, sampled: dict) -> None:
+    t = range(1, sampled["rounds"] + 1)
+    draw_runs(axes, sampled, lambda row: (t, row["last"]), lambda row: (t, row["average"]))
+
+    axes.set(xlabel="round", ylabel="exploitability (win rate above ½)", ylim=(0, 0.42))
+    axes.set_title("Sampled and exact")
+    axes.legend(frameon=False, fontsize=9)
 
 
-def draw_horizons(rows, axes):
+def draw_runs(axes, sampled: dict, last: Callable, average: Callable) -> None:
+    """All transformers, and the exact play over them; last(row) and average(row) give x and y."""
+    for row in sampled["neural"]:
+        # The first seed stands for all of them in the legend.
+        first = row is sampled["neural"][0]
+        last_label = "transformer, each round" if first else None
+        average_label = "transformer, average" if first else None
+        axes.plot(*last(row), color=ORANGE, linewidth=0.6, label=last_label)
+        axes.plot(*average(row), color=BLUE, linewidth=0.9, label=average_label)
+
+    reference = sampled["exact"]
+    axes.plot(*last(reference), "--", color="black", linewidth=1, label="exact, each round")
+    axes.plot(*average(reference), ":", color="black", linewidth=1.6, label="exact, average")
+
+
+def mark_start_and_end(axes, point: Callable, start: list, equilibrium: list) -> None:
+    axes.plot(*point(start), "o", color="black", label="start")
+    axes.plot(*point(equilibrium), "*", color=GREEN, markersize=15, label="Nash equilibrium")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(-0.14, 1.04))
+
+
+def draw_horizons(axes, games: dict) -> None:
     """All games on one pair of axes: against T/ln n they share one bound."""
     colours = (ORANGE, BLUE, GREEN, PINK, SKY, YELLOW, "black")
-    for (name, row), colour in zip(rows.items(), colours):
+    for (name, row), colour in zip(games.items(), colours):
         x = [T / math.log(row["actions"]) for T in row["rounds"]]
-        line = ".--" if name == "COMAL's game" else ".-"  # the same curve as rock-paper-scissors
-        axes.plot(x, row["exploitability"], line, color=colour, linewidth=0.8, markersize=4, label=name)
+        # COMAL's game is rock–paper–scissors backwards, so its curve lies on that one.
+        line = ".--" if name == "COMAL's game" else ".-"
+        look = dict(color=colour, linewidth=0.8, markersize=4)
+        axes.plot(x, row["exploitability"], line, label=name, **look)
+
     x = [0.3, 1e4]
-    axes.plot(x, [math.sqrt(1 / (2 * v)) for v in x], "--", color=GREY, label="bound √(ln n / 2T)")
-    axes.set(xscale="log", yscale="log", xlabel="T / ln n  (T rounds, n actions)")
-    axes.set(ylabel="exploitability of the average of T rounds", ylim=(1e-5, 2))
+    bound = [math.sqrt(1 / (2 * v)) for v in x]
+    axes.plot(x, bound, "--", color=GREY, label="bound √(ln n / 2T)")
+
+    axes.set(xscale="log", yscale="log", ylim=(1e-5, 2))
+    axes.set(xlabel="T / ln n  (T rounds, n actions)")
+    axes.set(ylabel="exploitability of the average of T rounds")
     axes.set_title("All games stay below the bound, η = √(8 ln n/T)")
     axes.legend(frameon=False, fontsize=8, loc="lower left")
 

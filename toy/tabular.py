@@ -1,134 +1,187 @@
-"""Self-play on games small enough to be exact: a policy is a vector of log-probabilities over n actions.
+"""Self-play on games small enough to be exact: a policy is a vector of log-probabilities.
 
-Each method is one function `step(payoff, path, eta, ...) -> log π_{t+1}`, where `path` is the list of log π_1, ..., log π_t
-so far, each (..., n), float64; leading dimensions are policies that play independently. It calls the targets and losses
-of sppo.py, the same that a language model is trained with; here the regression is solved exactly. The reference policy μ
-of a method that has one is π_1.
+Each method is one function `step(payoff, path, eta, ...) -> log π_{t+1}`, where `path` is the list
+of log π_1, ..., log π_t so far, each (..., n) over n actions, float64; leading dimensions are
+policies that play independently. It calls the targets and losses of sppo.py, the same that a
+language model is trained with; here the regression is solved exactly. The reference policy μ of a
+method that has one is π_1.
 
-    python -m toy.tabular      the last policy of every method, on rock–paper–scissors and on COMAL's game
+    python -m toy.tabular      out/toy/tabular.png, out/toy/tabular.json
 
-What it shows (out/toy/tabular.png, .json): SPPO, IPO and DPO circle around the equilibrium, and outwards; optimistic,
-extragradient and moving-reference updates arrive there; a fixed reference stops short of it by a bias that grows with τ; a
-round costs n².
+What it shows, on rock–paper–scissors and on COMAL's game: SPPO, IPO and DPO circle around the
+equilibrium, and outwards; optimistic, extragradient and moving-reference updates arrive there; a
+fixed reference stops short of it by a bias that grows with τ; a round costs n².
 """
 
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
-from sppo import dpo_loss, ipo_loss, normalized_target, optimistic_target, regularized_target, sppo_target
+from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, new_figure, slope
+from sppo import (
+    dpo_loss,
+    ipo_loss,
+    normalized_target,
+    optimistic_target,
+    regularized_target,
+    sppo_target,
+)
 from toy.games import comal, cycle, exploitability, nash, random_game
-from toy.lab import BLUE, GREEN, GREY, ORANGE, PINK, SKY, script, slope, triangle
+from toy.lab import script, triangle
 
-# ------------------------------------------------------------------------------------------------ the methods
+Scalar = float | Tensor  # η or τ: one for all policies, or a tensor (..., 1) with one for each
+
+# ------------------------------------------------------------------------ the methods
 
 
-def win_rate(payoff, log_policy):
+def win_rate(payoff: Tensor, log_policy: Tensor) -> Tensor:
     """P(y ≻ π) of every action y: (n, n), (..., n) -> (..., n)."""
     return log_policy.exp() @ payoff.T
 
 
-def sppo(payoff, path, eta):
-    """π_{t+1} = π_t exp(ηP(y ≻ π_t))/Z: eq. 4.4 solved exactly is eq. 4.1, multiplicative weights."""
+def sppo(payoff: Tensor, path: list[Tensor], eta: Scalar) -> Tensor:
+    """π_{t+1} = π_t exp(ηP(y ≻ π_t))/Z: eq. 4.4 solved exactly is eq. 4.1."""
     return path[-1] + normalized_target(win_rate(payoff, path[-1]), eta, path[-1])
 
 
-def sppo_half(payoff, path, eta):
-    """The same with the constant ½ for log Z/η: eq. 4.7, argmin over policies π of E_{y~π_t}(log π/π_t - η(P - ½))²."""
-    above_half = win_rate(payoff - 0.5, path[-1])  # P(y ≻ π) - ½ to the last digit, also beside a vertex
+def sppo_half(payoff: Tensor, path: list[Tensor], eta: Scalar) -> Tensor:
+    """The same with the constant ½ for log Z/η, eq. 4.7.
+
+    The argmin over policies π of E_{y~π_t}(log π/π_t - η(P - ½))².
+    """
+    # P(y ≻ π) - ½ in one product: subtracted afterwards, ½ would cost digits beside a vertex.
+    above_half = win_rate(payoff - 0.5, path[-1])
     return path[-1] + nearest_log_ratio(path[-1], sppo_target(above_half, eta, baseline=0.0))
 
 
-def optimistic(payoff, path, eta):
+def optimistic(payoff: Tensor, path: list[Tensor], eta: Scalar) -> Tensor:
     """π_{t+1} ∝ π_t exp(η(2P(y ≻ π_t) - P(y ≻ π_{t-1}))): ONPO (2502.16852), OMWU (2512.24818)."""
+    # In the first round there is no π_{t-1}; it is π_t itself.
     previous = win_rate(payoff, path[max(len(path) - 2, 0)])
     return normalized(path[-1] + optimistic_target(win_rate(payoff, path[-1]), previous, eta))
 
 
-def regularized(payoff, path, eta, tau):
-    """argmax ⟨π, P(· ≻ π_t)⟩ - τ KL(π‖μ) - KL(π‖π_t)/η: magnetic mirror descent; RSPO with reverse KL (2503.00030).
+def regularized(payoff: Tensor, path: list[Tensor], eta: Scalar, tau: Scalar) -> Tensor:
+    """argmax ⟨π, P(· ≻ π_t)⟩ - τ KL(π‖μ) - KL(π‖π_t)/η: magnetic mirror descent.
 
-    Its fixed point is the equilibrium of the game with payoff P - τ KL(π‖μ): π ∝ μ exp(P(y ≻ π)/τ).
+    It is also RSPO with reverse KL (2503.00030). Its fixed point is the equilibrium of the game
+    with payoff P - τ KL(π‖μ): π ∝ μ exp(P(y ≻ π)/τ).
     """
-    return normalized(path[-1] + regularized_target(win_rate(payoff, path[-1]), path[-1] - path[0], eta, tau))
+    log_ratio = path[-1] - path[0]
+    target = regularized_target(win_rate(payoff, path[-1]), log_ratio, eta, tau)
+    return normalized(path[-1] + target)
 
 
-def moving_reference(payoff, path, eta, tau, every):
-    """`regularized`, whose μ becomes the current policy every so many rounds: MPO (2410.16714), COMAL (2410.23223)."""
-    return regularized(payoff, path[(len(path) - 1) // every * every :], eta, tau)
+def moving_reference(
+    payoff: Tensor, path: list[Tensor], eta: Scalar, tau: Scalar, every: int
+) -> Tensor:
+    """`regularized`, whose μ becomes the current policy every so many rounds.
+
+    MPO (2410.16714) and COMAL (2410.23223).
+    """
+    start = (len(path) - 1) // every * every
+    return regularized(payoff, path[start:], eta, tau)
 
 
-def extragradient(payoff, path, eta, tau=0.0):
-    """Look ahead to π_{t+½}, then go from π_t with the win rates against π_{t+½}: EGPO (2503.08942).
+def extragradient(payoff: Tensor, path: list[Tensor], eta: Scalar, tau: Scalar = 0.0) -> Tensor:
+    """Look ahead to π_{t+½}, then go from π_t with the win rates against it: EGPO (2503.08942).
 
     EGPO's explicit step, log π_t + η(P - τ log π_t/μ), is the proximal one at η/(1 - ητ).
     """
-    target = partial(regularized_target, reference_log_ratio=path[-1] - path[0], eta=eta / (1 - eta * tau), tau=tau)
-    ahead = normalized(path[-1] + target(win_rate(payoff, path[-1])))
-    return normalized(path[-1] + target(win_rate(payoff, ahead)))
+    log_ratio = path[-1] - path[0]
+    proximal = eta / (1 - eta * tau)
+
+    target = regularized_target(win_rate(payoff, path[-1]), log_ratio, proximal, tau)
+    ahead = normalized(path[-1] + target)
+
+    target = regularized_target(win_rate(payoff, ahead), log_ratio, proximal, tau)
+    return normalized(path[-1] + target)
 
 
-def nash_md(payoff, path, tau, eta=None):
-    """π_{t+1} ∝ π_t^μ exp(ηP(y ≻ π_t^μ)) with the mixture π_t^μ ∝ π_t^{1-ητ} μ^{ητ}: Nash-MD (2312.00886).
+def nash_md(payoff: Tensor, path: list[Tensor], tau: Scalar, eta: Scalar | None = None) -> Tensor:
+    """π_{t+1} ∝ π_t^μ exp(ηP(y ≻ π_t^μ)) with the mixture π_t^μ ∝ π_t^{1-ητ} μ^{ητ}.
 
-    eta None is the paper's 2/(τ(t + 2)), with which KL(π*_τ‖π_{T+1}) ≤ 8/(τ²(T + 1)); a fixed one keeps a small bias.
+    Nash-MD (2312.00886). eta None is its paper's 2/(τ(t + 2)), with which
+    KL(π*_τ‖π_{T+1}) ≤ 8/(τ²(T + 1)); a fixed one keeps a small bias.
     """
-    eta = 2 / (tau * (len(path) + 2)) if eta is None else eta
+    if eta is None:
+        eta = 2 / (tau * (len(path) + 2))
     mixture = normalized((1 - eta * tau) * path[-1] + eta * tau * path[0])
     return normalized(mixture + sppo_target(win_rate(payoff, mixture), eta))
 
 
-def iterative_dpo(payoff, path, eta):
-    """Minimiser of DPO's loss (2305.18290, eq. 7; β = 1/η) over pairs from π_t whose winner is drawn from P."""
+def iterative_dpo(payoff: Tensor, path: list[Tensor], eta: float) -> Tensor:
+    """Minimiser of DPO's loss (2305.18290, eq. 7; β = 1/η) over pairs from π_t.
+
+    The winner of a pair is drawn from P. One policy (n,) at a time.
+    """
     return normalized(path[-1] + fit_pairs(payoff, path[-1], eta, dpo_loss))
 
 
-def iterative_ipo(payoff, path, eta):
-    """Minimiser of IPO's loss (2310.12036, eq. 17; β = 1/η) over the same pairs. It is SPPO's exact step again."""
+def iterative_ipo(payoff: Tensor, path: list[Tensor], eta: float) -> Tensor:
+    """Minimiser of IPO's loss (2310.12036, eq. 17; β = 1/η) over the same pairs.
+
+    It is SPPO's exact step again.
+    """
     return normalized(path[-1] + fit_pairs(payoff, path[-1], eta, ipo_loss))
 
 
-# ------------------------------------------------------------------------------------------------ exact regressions
+# ------------------------------------------------------------------------ exact regressions
 
 
-def normalized(log_weights):
+def normalized(log_weights: Tensor) -> Tensor:
     """log π with π ∝ exp(log_weights); a constant in the target drops out here."""
     return torch.log_softmax(log_weights, -1)
 
 
-def nearest_log_ratio(log_policy, target):
-    """Δ that minimises Σ π (Δ - z)² among the log-ratios of policies, Σ π exp(Δ) = 1; for Σ π exp(z) ≥ 1. All (..., n).
+def nearest_log_ratio(log_policy: Tensor, target: Tensor) -> Tensor:
+    """Δ that minimises Σ π (Δ - z)² among the log-ratios of policies, Σ π exp(Δ) = 1.
 
-    Lagrange: Δ + c exp(Δ) = z with one c ≥ 0 for all actions, found by bisection. With v = Δ + log c it reads
-    v + exp(v) = z + log c, whose left side is convex: Newton's steps fall onto the root.
+    All are (..., n), and Σ π exp(z) ≥ 1 is needed. Lagrange: Δ + c exp(Δ) = z with one c ≥ 0 for
+    all actions, found by bisection. With v = Δ + log c it reads v + exp(v) = z + log c, whose left
+    side is convex: Newton's steps fall onto the root.
     """
 
     def log_ratio(log_c):
+        """Δ of every action, given c."""
         x = target + log_c
         v = torch.where(x > 1, x.clamp(min=1).log(), x)
         for _ in range(8):
             v = v - (v + v.exp() - x) / (1 + v.exp())
-        return torch.where(x < 1, target - v.exp(), v - log_c)  # whichever form loses fewer digits
+        # Two forms of the same number: take the one that loses fewer digits.
+        return torch.where(x < 1, target - v.exp(), v - log_c)
 
-    def surplus(log_ratio):  # Σ π exp(Δ) - 1 without the 1, which would hide what a vertex loses
+    def surplus(log_ratio):
+        """Σ π exp(Δ) - 1, action by action."""
+        # Without the 1, which would hide what is lost at a vertex.
+        policy = log_policy.exp()
         growth = torch.where(log_ratio.abs() < 1, torch.expm1(log_ratio), log_ratio.exp() - 1)
-        return torch.where(log_ratio < 1, log_policy.exp() * growth, (log_policy + log_ratio).exp() - log_policy.exp())
+        large = (log_policy + log_ratio).exp() - policy
+        return torch.where(log_ratio < 1, policy * growth, large)
 
-    high = target.amax(-1, keepdim=True).clamp(min=1).log() + 1  # of log c
+    # The ends of the bisection, of log c.
+    high = target.amax(-1, keepdim=True).clamp(min=1).log() + 1
     low = log_policy.amin(-1, keepdim=True) - 2 * target.abs().amax(-1, keepdim=True) - 40
+
     for _ in range(80):
         middle = (low + high) / 2
         too_much = surplus(log_ratio(middle)).sum(-1, keepdim=True) > 0
-        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+        low = torch.where(too_much, middle, low)
+        high = torch.where(too_much, high, middle)
     return log_ratio(high)
 
 
-def fit_pairs(payoff, log_policy, eta, loss):
-    """Δ (n,) that minimises Σ_ij π_i π_j P_ij loss(Δ_i, Δ_j, 1/η), a convex function of differences, by Newton's method."""
+def fit_pairs(payoff: Tensor, log_policy: Tensor, eta: float, loss: Callable) -> Tensor:
+    """Δ (n,) that minimises Σ_ij π_i π_j P_ij loss(Δ_i, Δ_j, 1/η), by Newton's method.
+
+    The sum is a convex function of the differences Δ_i - Δ_j.
+    """
     weight = log_policy.exp()[:, None] * log_policy.exp() * payoff
 
     def expected(log_ratio):
@@ -139,39 +192,51 @@ def fit_pairs(payoff, log_policy, eta, loss):
         gradient = torch.func.grad(expected)(log_ratio)
         if gradient.abs().max() < 1e-13:
             break
-        log_ratio = log_ratio - torch.linalg.pinv(torch.func.hessian(expected)(log_ratio)) @ gradient
+
+        # The Hessian is singular, as a constant added to all Δ changes nothing.
+        hessian = torch.func.hessian(expected)(log_ratio)
+        log_ratio = log_ratio - torch.linalg.pinv(hessian) @ gradient
     return log_ratio
 
 
-# ------------------------------------------------------------------------------------------------ playing
+# ------------------------------------------------------------------------ playing
 
 
-def play(step, payoff, start, rounds):
-    """log π_1, ..., log π_{rounds + 1}, stacked: (rounds + 1, ..., n). start is π_1 (..., n), all of it positive."""
+def play(step: Callable, payoff: Tensor, start, rounds: int) -> Tensor:
+    """log π_1, ..., log π_{rounds + 1}, stacked: (rounds + 1, ..., n).
+
+    start is π_1 (..., n), all of it positive.
+    """
     path = [torch.as_tensor(start, dtype=torch.float64).log()]
     for _ in range(rounds):
         path.append(step(payoff, path))
     return torch.stack(path)
 
 
-def averages(path):
-    """The mixtures (π_1 + ... + π_t)/t of theorem 4.1, for each t: (T, ..., n) log-policies -> (T, ..., n) policies."""
-    return torch.cumsum(path.exp(), 0) / torch.arange(1, len(path) + 1).view(-1, *[1] * (path.dim() - 1))
+def averages(path: Tensor) -> Tensor:
+    """The mixtures (π_1 + ... + π_t)/t of theorem 4.1, for each t.
+
+    (T, ..., n) log-policies -> (T, ..., n) policies.
+    """
+    t = torch.arange(1, len(path) + 1).view(-1, *[1] * (path.dim() - 1))
+    return torch.cumsum(path.exp(), 0) / t
 
 
-def kl(policy, log_policy):
+def kl(policy: Tensor, log_policy: Tensor) -> Tensor:
     """KL(policy‖exp(log_policy)) in nats, (..., n) -> (...)."""
     return (torch.xlogy(policy, policy) - policy * log_policy).sum(-1)
 
 
-# ------------------------------------------------------------------------------------------------ what it shows
+# ------------------------------------------------------------------------ what it shows
 
 START = (0.8, 0.15, 0.05)
-METHODS = {  # name: (step, rounds)
+
+# name: (step, rounds). DPO's η is smaller because a logit is about 4(P - ½): the same speed near ½.
+METHODS = {
     "SPPO": (partial(sppo, eta=1.0), 2000),
     "SPPO, constant ½": (partial(sppo_half, eta=1.0), 500),
     "iterative IPO": (partial(iterative_ipo, eta=1.0), 500),
-    "iterative DPO": (partial(iterative_dpo, eta=0.25), 500),  # a logit is about 4(P - ½): the same speed near ½
+    "iterative DPO": (partial(iterative_dpo, eta=0.25), 500),
     "optimistic": (partial(optimistic, eta=1.0), 2000),
     "extragradient": (partial(extragradient, eta=1.0), 2000),
     "regularized": (partial(regularized, eta=1.0, tau=0.1), 2000),
@@ -180,13 +245,18 @@ METHODS = {  # name: (step, rounds)
 }
 
 
-def compare(payoff, methods=METHODS):
-    """{method: exploitability of the last policy by round, of the average of all rounds, round of arrival below 1e-9, path}."""
+def compare(payoff: Tensor, methods: dict = METHODS) -> dict:
+    """For each method: exploitability of the last policy by round, and of the average of all.
+
+    Also the round in which the last policy first comes below 1e-9, and the path.
+    """
     result = {}
     for name, (step, rounds) in tqdm(methods.items(), desc="methods", unit="method", leave=False):
         path = play(step, payoff, START, rounds)
         last = exploitability(payoff, path.exp()).clamp(min=0)
         arrived = (last < 1e-9).nonzero()
+
+        # Every round at first, then each tenth: 20,000 points would only make the file large.
         kept = [t for t in range(rounds + 1) if t < 500 or t % 10 == 0]
         result[name] = {
             "last": last[-1].item(),
@@ -200,35 +270,58 @@ def compare(payoff, methods=METHODS):
 
 
 REFERENCES = {"uniform μ": (1 / 3, 1 / 3, 1 / 3), "μ = (.8, .15, .05)": START}
+TAUS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
-def bias(payoff, taus=(0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0), rounds=20_000):
-    """Where a fixed reference leads, by μ and τ: exploitability there in the original game, and its fixed-point error."""
+def bias(payoff: Tensor, taus: tuple = TAUS, rounds: int = 20_000) -> dict:
+    """Where a fixed reference leads, by μ and τ.
+
+    Exploitability there in the original game, and the error of the fixed-point equation.
+    """
+    # All references and all τ play at once: (2, τ, 3).
     tau = torch.tensor(taus, dtype=torch.float64)[:, None]
-    start = torch.tensor(list(REFERENCES.values()), dtype=torch.float64)[:, None].expand(-1, len(taus), -1)  # (2, τ, 3)
+    start = torch.tensor(list(REFERENCES.values()), dtype=torch.float64)[:, None]
+    start = start.expand(-1, len(taus), -1)
     path = play(partial(regularized, eta=0.3, tau=tau), payoff, start, rounds)
-    error = (normalized(path[0] + win_rate(payoff, path[-1]) / tau).exp() - path[-1].exp()).abs().amax(-1)
+
+    # π ∝ μ exp(P(y ≻ π)/τ), see `regularized`.
+    expected = normalized(path[0] + win_rate(payoff, path[-1]) / tau).exp()
+    error = (expected - path[-1].exp()).abs().amax(-1)
+
     result = {"tau": list(taus)}
     for name, gap, wrong in zip(REFERENCES, exploitability(payoff, path[-1].exp()), error):
         result[name] = {"exploitability": gap.tolist(), "fixed_point_error": wrong.tolist()}
     return result
 
 
-def speed(generator, sizes=((100, 10_000), (250, 2000), (500, 1000), (1000, 300), (2000, 100), (4000, 30))):
-    """Seconds a round of exact SPPO by number of actions, and the exponent of its cost from 500 actions on (least squares)."""
+SIZES = ((100, 10_000), (250, 2000), (500, 1000), (1000, 300), (2000, 100), (4000, 30))
+
+
+def speed(generator: torch.Generator, sizes: tuple = SIZES) -> dict:
+    """Seconds a round of exact SPPO by number of actions; `sizes` are pairs (actions, rounds).
+
+    The exponent of the cost is a least-squares fit from 500 actions on.
+    """
+    step = partial(sppo, eta=0.1)
     rows = []
     for n, rounds in sizes:
-        payoff, start = random_game(n, generator), torch.full((n,), 1 / n)
-        play(partial(sppo, eta=0.1), payoff, start, 3)
+        payoff = random_game(n, generator)
+        start = torch.full((n,), 1 / n)
+        # The first rounds are slower: memory is allocated and touched for the first time.
+        play(step, payoff, start, 3)
+
         begin = time.perf_counter()
-        play(partial(sppo, eta=0.1), payoff, start, rounds)
-        rows.append({"actions": n, "rounds": rounds, "seconds_per_round": (time.perf_counter() - begin) / rounds})
-    large = [row for row in rows if row["actions"] >= 500]
-    return {"rows": rows, "exponent": slope([row["actions"] for row in large], [row["seconds_per_round"] for row in large])}
+        play(step, payoff, start, rounds)
+        seconds = (time.perf_counter() - begin) / rounds
+        rows.append({"actions": n, "rounds": rounds, "seconds_per_round": seconds})
+
+    # Below 500 actions the fixed cost of a call still shows.
+    large = [(row["actions"], row["seconds_per_round"]) for row in rows if row["actions"] >= 500]
+    return {"rows": rows, "exponent": slope(*zip(*large))}
 
 
-def measure(args):
-    """All of it. The seed is that of the games that are timed; the rest is exact."""
+def measure(args: Namespace) -> dict:
+    """Everything. The seed is for the games that are timed; the rest is exact."""
     games = {"rock-paper-scissors": cycle(), "COMAL's game": comal()}
     return {
         "games": {name: compare(payoff) for name, payoff in games.items()},
@@ -237,57 +330,99 @@ def measure(args):
     }
 
 
-def print_table(result):
-    print(f"{'exploitability':20}" + "".join(f"{game:^36}" for game in result["games"]))
-    print(f"{'':20}" + f"{'last':>12}{'average':>12}{'< 1e-9 at':>12}" * len(result["games"]))
+def print_table(result: dict) -> None:
+    games = result["games"]
+    print(f"{'exploitability':20}" + "".join(f"{game:^36}" for game in games))
+    print(f"{'':20}" + f"{'last':>12}{'average':>12}{'< 1e-9 at':>12}" * len(games))
     for name in METHODS:
         cells = ""
-        for rows in result["games"].values():
+        for rows in games.values():
             row = rows[name]
-            cells += f"{row['last']:12.2g}{row['average']:12.4f}{row['round_below_1e-9'] or '-':>12}"
+            arrival = row["round_below_1e-9"] or "-"
+            cells += f"{row['last']:12.2g}{row['average']:12.4f}{arrival:>12}"
         print(f"{name:20}{cells}")
+
     worst = max(max(result["bias"][name]["fixed_point_error"]) for name in REFERENCES)
     print(f"regularized: fixed-point equation holds to {worst:.1g} for every τ and μ")
-    rows = result["speed"]["rows"]
-    print(f"speed: 10,000 rounds of a 100-action game in {1e4 * rows[0]['seconds_per_round']:.2f} s;", end=" ")
-    print(f"from 500 actions on the cost grows as n^{result['speed']['exponent']:.2f}")
 
+    seconds = 1e4 * result["speed"]["rows"][0]["seconds_per_round"]
+    exponent = result["speed"]["exponent"]
+    text = f"speed: 10,000 rounds of a 100-action game in {seconds:.2f} s;"
+    print(f"{text} from 500 actions on the cost grows as n^{exponent:.2f}")
+
+
+# ------------------------------------------------------------------------ the figure
 
 STYLES = {
-    "SPPO": (ORANGE, "-"), "iterative IPO": (BLUE, "--"), "iterative DPO": (PINK, "-"), "optimistic": (SKY, "-"),
-    "extragradient": (PINK, "--"), "regularized": (GREY, "-"), "Nash-MD": (GREY, ":"), "moving reference": (GREEN, "-"),
-}  # fmt: skip
+    "SPPO": (ORANGE, "-"),
+    "iterative IPO": (BLUE, "--"),
+    "iterative DPO": (PINK, "-"),
+    "optimistic": (SKY, "-"),
+    "extragradient": (PINK, "--"),
+    "regularized": (GREY, "-"),
+    "Nash-MD": (GREY, ":"),
+    "moving reference": (GREEN, "-"),
+}
 
 
-def draw(result):
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+def draw(result: dict):
+    figure = new_figure(13, 9.5)
     (simplex, curves), (biases, speeds) = figure.subplots(2, 2)
     rows = result["games"]["COMAL's game"]
-    point = triangle(simplex, ("all a", "all b", "all c"))
+
+    draw_paths(simplex, rows)
+    draw_curves(curves, rows)
+    draw_bias(biases, result["bias"])
+    draw_speed(speeds, result["speed"]["rows"])
+    return figure
+
+
+def draw_paths(axes, rows: dict) -> None:
+    point = triangle(axes, ("all a", "all b", "all c"))
     for name, rounds in (("SPPO", 60), ("iterative IPO", 60), ("moving reference", 500)):
         colour, line = STYLES[name]
-        simplex.plot(*point(rows[name]["path"][:rounds]), line, color=colour, linewidth=1.2, label=f"{name}, {rounds} rounds")
-    simplex.plot(*point(START), "o", color="black", label="start")
-    simplex.plot(*point(nash(comal())), "*", color="black", markersize=14, label="Nash equilibrium")
-    simplex.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.12, 1))
-    simplex.set_title("COMAL's game: policy of each round")
+        path = point(rows[name]["path"][:rounds])
+        axes.plot(*path, line, color=colour, linewidth=1.2, label=f"{name}, {rounds} rounds")
+
+    equilibrium = point(nash(comal()))
+    axes.plot(*point(START), "o", color="black", label="start")
+    axes.plot(*equilibrium, "*", color="black", markersize=14, label="Nash equilibrium")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.12, 1))
+    axes.set_title("COMAL's game: policy of each round")
+
+
+def draw_curves(axes, rows: dict) -> None:
     for name, (colour, line) in STYLES.items():
-        curves.plot(rows[name]["rounds"], rows[name]["last_by_round"], line, color=colour, linewidth=1.2, label=name)
-    curves.set(xscale="log", yscale="log", xlabel="round", ylabel="exploitability of the last policy", ylim=(1e-12, 2))
-    curves.set_title("COMAL's game: only some last policies arrive")
-    curves.legend(frameon=False, fontsize=9, loc="lower left")
+        last = rows[name]["last_by_round"]
+        axes.plot(rows[name]["rounds"], last, line, color=colour, linewidth=1.2, label=name)
+
+    axes.set(xscale="log", yscale="log", ylim=(1e-12, 2))
+    axes.set(xlabel="round", ylabel="exploitability of the last policy")
+    axes.set_title("COMAL's game: only some last policies arrive")
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+
+
+def draw_bias(axes, result: dict) -> None:
     for name, colour in zip(REFERENCES, (BLUE, ORANGE)):
-        biases.plot(result["bias"]["tau"], result["bias"][name]["exploitability"], "o-", color=colour, label=name)
-    biases.set(xscale="log", yscale="log", xlabel="τ (weight of the KL, in win rate)", ylabel="exploitability at the fixed point")
-    biases.set_title("Rock–paper–scissors: the bias of a fixed reference")
-    biases.legend(frameon=False)
-    rows = result["speed"]["rows"]
-    actions, seconds = [row["actions"] for row in rows], [row["seconds_per_round"] for row in rows]
-    speeds.plot(actions, seconds, "o-", color=BLUE, label="measured")
-    speeds.plot(actions, [seconds[-1] * (n / actions[-1]) ** 2 for n in actions], "--", color=GREY, label="n²")
-    speeds.set(xscale="log", yscale="log", xlabel="actions n", ylabel="seconds a round", title="Cost of a round of exact SPPO")
-    speeds.legend(frameon=False)
-    return figure
+        axes.plot(result["tau"], result[name]["exploitability"], "o-", color=colour, label=name)
+
+    axes.set(xscale="log", yscale="log", ylabel="exploitability at the fixed point")
+    axes.set_xlabel("τ (weight of the KL, in win rate)")
+    axes.set_title("Rock–paper–scissors: the bias of a fixed reference")
+    axes.legend(frameon=False)
+
+
+def draw_speed(axes, rows: list[dict]) -> None:
+    actions = [row["actions"] for row in rows]
+    seconds = [row["seconds_per_round"] for row in rows]
+    # n² through the last point, where it is least disturbed by fixed costs.
+    square = [seconds[-1] * (n / actions[-1]) ** 2 for n in actions]
+
+    axes.plot(actions, seconds, "o-", color=BLUE, label="measured")
+    axes.plot(actions, square, "--", color=GREY, label="n²")
+    axes.set(xscale="log", yscale="log", xlabel="actions n", ylabel="seconds a round")
+    axes.set_title("Cost of a round of exact SPPO")
+    axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,46 @@
-"""The small world: sums of two digits, a judge with a circle in it, and exact measurement of what SPPO made of it.
+"""The small world: sums of two digits, a judge with a circle in its preferences, exact shares.
 
-Prompts are `3+4=`. A response is a number and an ending: `7.` `7!` `7?`. The *oracle* prefers the right number to a
-wrong one, and a well-formed response to a malformed one, with probability 0.95; among equally good responses the
-endings beat each other in a circle. So quality is transitive, style is not, and the equilibrium is: always right,
-endings mixed, (4, 3, 4)/11 for the strengths .9 .9 .8.
+Prompts are `3+4=`. A response is a number and an ending: `7.` `7!` `7?`. The *oracle* prefers the
+right number to a wrong one, and a well-formed response to a malformed one, with probability 0.95;
+among equally good responses the endings beat each other in a circle. So quality is transitive,
+style is not, and the equilibrium is: always right, endings mixed, (4, 3, 4)/11 for the strengths
+.9 .9 .8.
 
-    python -m toy.text_game build WORLD           tokenizer, base policy, learned judge, prompts.jsonl, pairs.jsonl
-    python train.py --preset tiny --policy WORLD/policy --judge WORLD/judge --prompts WORLD/prompts.jsonl --out RUN
-    python -m toy.text_game measure WORLD RUN     exact shares and exploitability of each round and of their average
+    python -m toy.text_game build WORLD
+        writes the tokenizer, the base policy, a learned judge, prompts.jsonl and pairs.jsonl
+    python train.py --preset tiny --policy WORLD/policy --judge WORLD/judge \\
+        --prompts WORLD/prompts.jsonl --out RUN
+    python -m toy.text_game measure WORLD RUN
+        exact shares and exploitability of each round's policy and of their average
 
-Every well-formed response can be listed (100 numbers, 3 endings), so the policy's shares are sums of exact
-probabilities, not estimates.
+Every well-formed response can be listed (100 numbers, 3 endings), so the policy's shares are sums
+of exact probabilities, not estimates.
 """
 
 import argparse
 import functools
+import math
 import re
 import sys
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from torch import Tensor
 from tqdm import tqdm
 
-from command import exit_code
-from data import Tokenizer, pad_responses, read_json, read_pairs, remove, whole, write_figure, write_json, write_lines
-from model import KVCache, ModelConfig, Transformer, initialize
+from data import Tokenizer, pad_responses, read_pairs
+from engine.command import exit_code
+from engine.figures import BLUE, GREEN, ORANGE, new_figure, write_figure
+from engine.files import atomic_write, read_json, remove, write_json, write_lines
+from engine.run_folder import round_policies
+from generate import KVCache
+from model import ModelConfig, Transformer, initialize
 from prefmodel import PreferenceModel, train_preference_model
-from sppo import sequence_logps
-from stages import round_policies
+from sppo import optimizer_step, sequence_logps
 from toy.games import cycle, exploitability, nash
-from toy.lab import BLUE, GREEN, ORANGE, triangle
+from toy.lab import triangle
 
 ENDINGS = ".!?"
 STRENGTHS = (0.9, 0.9, 0.8)  # `.` beats `!`, `!` beats `?`, `?` beats `.`
@@ -42,179 +50,256 @@ NUMBERS = [str(n) for n in range(100)]
 CLASSES = [f"{kind}{ending}" for kind in ("right", "wrong") for ending in ENDINGS] + ["malformed"]
 MAX_NEW_TOKENS = 4  # two digits, an ending, the stop token
 
-# ------------------------------------------------------------------------------------------------ the rules
+# ------------------------------------------------------------------------ the rules
 
 
-def classify(prompt, response):
+def classify(prompt: str, response: str) -> int:
     """Index into CLASSES of a response text. ValueError for a prompt of another world."""
     if prompt not in SUMS:
-        raise ValueError(f"prompt {prompt[:40]!r} is not of the small world, expected a sum of two digits like '3+4='")
+        raise ValueError(
+            f"prompt {prompt[:40]!r} is not of the small world, "
+            "expected a sum of two digits like '3+4='"
+        )
+
+    # No leading zero: each number has one spelling, so that well-formed responses can be listed.
     match = re.fullmatch(r"(0|[1-9]\d?)([.!?])", response)
     if match is None:
-        return len(CLASSES) - 1
-    return 3 * (int(match[1]) != SUMS[prompt]) + ENDINGS.index(match[2])
+        return CLASSES.index("malformed")
+    wrong = int(match[1]) != SUMS[prompt]
+    return len(ENDINGS) * wrong + ENDINGS.index(match[2])
 
 
 @functools.cache
-def payoff(strengths=STRENGTHS):
-    """(7, 7) P(class i beats class j) under the oracle."""
-    quality = torch.tensor([0, 0, 0, 1, 1, 1, 2])  # 0 is best
+def payoff(strengths: tuple = STRENGTHS) -> Tensor:
+    """(7, 7) P(class i beats class j) under the oracle, float64."""
+    quality = torch.tensor([0, 0, 0, 1, 1, 1, 2])  # of each class; 0 is best
     table = 0.5 + (QUALITY - 0.5) * torch.sign(quality - quality[:, None]).double()
-    table[:3, :3] = table[3:6, 3:6] = cycle(strengths)
+
+    # Classes of equal quality differ in their endings only.
+    table[:3, :3] = cycle(strengths)
+    table[3:6, 3:6] = cycle(strengths)
     table[6, 6] = 0.5
     return table
 
 
-def oracle(prompt, responses, strengths=STRENGTHS, longer=0.0):
-    """The judge of last resort, as a rule: `--judge toy.text_game:oracle`. Biased: `longer` logits for the longer response."""
+def oracle(prompt: str, responses: list[str], strengths=STRENGTHS, longer: float = 0.0) -> Tensor:
+    """(K, K) true preferences, a rule for `--judge toy.text_game:oracle`.
+
+    `longer` makes it a biased judge: it adds that many logits for the longer response of a pair.
+    """
     classes = [classify(prompt, response) for response in responses]
-    return favour_longer(payoff(tuple(strengths))[classes][:, classes], responses, longer)
+    table = payoff(tuple(strengths))[classes][:, classes]
+    return favour_longer(table, responses, longer)
 
 
-def favour_longer(table, responses, logits):
-    """(K, K) preferences with so many logits more for the longer response of each pair."""
+def favour_longer(table: Tensor, responses: list[str], logits: float) -> Tensor:
+    """(K, K) preferences, with so many logits added for the longer response of each pair."""
+    # Without a bias the table stays as it is to the last bit; sigmoid(logit(p)) is not exactly p.
+    if not logits:
+        return table
     size = torch.tensor([len(response) for response in responses])
-    return torch.sigmoid(torch.logit(table) + logits * torch.sign(size[:, None] - size)) if logits else table
+    return torch.sigmoid(torch.logit(table) + logits * torch.sign(size[:, None] - size))
 
 
-# ------------------------------------------------------------------------------------------------ building it
+# ------------------------------------------------------------------------ building it
 
 
-def write_tokenizer(folder):
-    """One token a character, in Hugging Face layout."""
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *"0123456789+=", *ENDINGS])}
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of one token a character, in Hugging Face layout."""
+    tokens = ["<unk>", "<s>", "</s>", *"0123456789+=", *ENDINGS]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+
+    # The pattern matches any one character, and the decoder joins them without spaces.
     backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     backend.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     write_json(folder / "tokenizer_config.json", special)
 
 
-def model_config(layers=2, width=64):
+def model_config(layers: int = 2, width: int = 64) -> ModelConfig:
     return ModelConfig(
-        vocab_size=18, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=32, tie_word_embeddings=True,
+        vocab_size=18, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4,
+        max_position_embeddings=32, tie_word_embeddings=True,
     )  # fmt: skip
 
 
-def draw_response(prompt, right, endings, malformed, generator):
-    """A random response text: right with this probability, endings with these shares, malformed with that one."""
+def draw_response(prompt: str, right: float, endings: tuple, malformed: float, generator) -> str:
+    """A random response text: right with this probability, with these shares of the endings, and
+    malformed with that probability."""
+    # All numbers are drawn whether or not they are used, so each response takes as many.
     chance = torch.rand(3, generator=generator)
     ending = ENDINGS[torch.multinomial(torch.tensor(endings), 1, generator=generator)]
     wrong = int(torch.randint(18, (1,), generator=generator))
-    number = SUMS[prompt] if chance[0] < right else wrong + (wrong >= SUMS[prompt])
-    if chance[1] < malformed:
-        return [str(number), ending, ending + str(number), str(number) + 2 * ending][int(4 * chance[2])]
-    return f"{number}{ending}"
+    wrong += wrong >= SUMS[prompt]  # skips the right sum
+
+    number = SUMS[prompt] if chance[0] < right else wrong
+    if chance[1] >= malformed:
+        return f"{number}{ending}"
+    broken = [f"{number}", ending, f"{ending}{number}", f"{number}{ending}{ending}"]
+    return broken[int(4 * chance[2])]
 
 
-def train_base(model, tokenizer, steps, batch, generator):
-    """Supervised training on responses that are right 70 % of the time and end in `.` 70 % of the time."""
+def train_base(model: Transformer, tokenizer, steps: int, batch: int, generator) -> None:
+    """Supervised training on responses of which 70 % are right and 70 % end in `.`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    prompts = list(SUMS)
-    pool = [(p, draw_response(p, 0.7, (0.7, 0.15, 0.15), 0.03, generator)) for p in prompts for _ in range(200)]
-    ids = [(tokenizer.prompt_ids(p, "plain"), tokenizer.encode(r) + [tokenizer.eos]) for p, r in pool]
+    shares = (0.7, 0.15, 0.15)
+
+    pool = []
+    for prompt in SUMS:
+        ids = tokenizer.prompt_ids(prompt, "plain")
+        for _ in range(200):
+            response = draw_response(prompt, 0.7, shares, 0.03, generator)
+            pool.append((ids, tokenizer.encode(response) + [tokenizer.eos]))
+
     for step in tqdm(range(steps), desc="base policy", unit="step"):
-        chosen = torch.randint(len(ids), (batch,), generator=generator).tolist()
-        tokens, mask = pad_responses(*zip(*[ids[i] for i in chosen]))
+        chosen = torch.randint(len(pool), (batch,), generator=generator).tolist()
+        tokens, mask = pad_responses(*zip(*[pool[i] for i in chosen]))
         loss = -sequence_logps(model(tokens), tokens, mask).mean()
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+        # The gradient is not clipped; its norm is only checked to be finite.
+        lr = 3e-3 * (1 - step / steps)
+        optimizer_step(optimizer, model, lr, math.inf, f"step {step + 1}")
 
 
-def draw_pairs(count, strengths, generator):
-    """Judged pairs: two responses of many kinds, and a coin flipped once with the oracle's probability."""
-    prompts, pairs = list(SUMS), []
+def write_base_policy(folder: Path, model: Transformer, steps: int, batch: int, generator) -> None:
+    """Train `model` as the base policy, and write it with its tokenizer as a checkpoint folder."""
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        write_tokenizer(temporary)
+        train_base(model, Tokenizer(temporary), steps, batch, generator)
+        model.write_pretrained(temporary)
+
+
+def draw_pairs(count: int, strengths: tuple, generator) -> list[dict]:
+    """Judged pairs: two responses of many kinds, and a coin flip with the oracle's probability."""
+    prompts = list(SUMS)
+    thirds = (1 / 3, 1 / 3, 1 / 3)
+
+    pairs = []
     for _ in tqdm(range(count), desc="judged pairs", unit="pair"):
         prompt = prompts[int(torch.randint(len(prompts), (1,), generator=generator))]
-        first, second = (draw_response(prompt, 0.7, (1 / 3, 1 / 3, 1 / 3), 0.1, generator) for _ in range(2))
+        first = draw_response(prompt, 0.7, thirds, 0.1, generator)
+        second = draw_response(prompt, 0.7, thirds, 0.1, generator)
+
         probability = oracle(prompt, [first, second], strengths)[0, 1]
-        if torch.rand(1, generator=generator) >= probability:
-            first, second = second, first
-        pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
+        if torch.rand(1, generator=generator) < probability:
+            pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
+        else:
+            pairs.append({"prompt": prompt, "chosen": second, "rejected": first})
     return pairs
 
 
-def build(world, seed=0, strengths=STRENGTHS, pairs=40_000):
-    """Write the world's folders: policy/, judge/, prompts.jsonl, pairs.jsonl, world.json; the last one when all is there."""
-    world, generator = Path(world), torch.Generator().manual_seed(seed)
+def build(world: str | Path, seed: int = 0, strengths=STRENGTHS, pairs: int = 40_000) -> None:
+    """Write a world's folder: policy/, judge/, prompts.jsonl, pairs.jsonl and world.json.
+
+    world.json comes last: where it stands, all is there. FileExistsError if it stands already.
+    """
+    world = Path(world)
     if (world / "world.json").exists():
-        raise FileExistsError(f"{world}: a world is there already; choose another folder, or delete it")
-    for name in ("policy", "judge"):  # of a build that was stopped
+        raise FileExistsError(f"{world}: already a world; choose another folder, or delete it")
+
+    # What is left of a build that was stopped.
+    for name in ("policy", "judge"):
         remove(world / name)
+
+    generator = torch.Generator().manual_seed(seed)
     write_lines(world / "prompts.jsonl", [{"prompt": prompt} for prompt in SUMS])
     model = initialize(Transformer(model_config()), generator)
-    with whole(world / "policy") as folder:
-        folder.mkdir()
-        write_tokenizer(folder)
-        train_base(model, Tokenizer(folder), 600, 256, generator)
-        model.write_pretrained(folder)
+    write_base_policy(world / "policy", model, 600, 256, generator)
+
     write_lines(world / "pairs.jsonl", draw_pairs(pairs, strengths, generator))
-    judged = read_pairs(world / "pairs.jsonl")
-    judge = PreferenceModel.from_backbone(world / "policy", generator, scalar=True, cyclic=4, template="plain")
-    with tqdm(total=4 * len(judged), unit="pair", desc="learned judge") as progress:
-        train_preference_model(judge, judged, epochs=4, lr=1e-3, batch=250, generator=generator, progress=progress)
+    build_judge(world, generator)
+    settings = {"seed": seed, "strengths": list(strengths), "quality": QUALITY}
+    write_json(world / "world.json", settings)
+
+
+def build_judge(world: Path, generator: torch.Generator) -> None:
+    """Train the world's judge on its pairs, starting from its base policy."""
+    pairs = read_pairs(world / "pairs.jsonl")
+    heads = dict(scalar=True, cyclic=4, template="plain")
+    judge = PreferenceModel.from_backbone(world / "policy", generator, **heads)
+
+    epochs = 4
+    with tqdm(total=epochs * len(pairs), unit="pair", desc="learned judge") as progress:
+        train_preference_model(
+            judge, pairs, epochs=epochs, lr=1e-3, batch=250, generator=generator, progress=progress
+        )
     judge.save_pretrained(world / "judge")
-    write_json(world / "world.json", {"seed": seed, "strengths": list(strengths), "quality": QUALITY})
 
 
-def build_debugging(world):
-    """A world for the debugger, in a second: one layer, trained just enough to write a number and an ending; two prompts."""
-    world, generator = Path(world), torch.Generator().manual_seed(0)
-    model = initialize(Transformer(model_config(layers=1, width=16)), generator)
-    with whole(world / "policy") as folder:
-        folder.mkdir()
-        write_tokenizer(folder)
-        train_base(model, Tokenizer(folder), 150, 64, generator)
-        model.write_pretrained(folder)
-    write_lines(world / "prompts.jsonl", [{"prompt": "3+4="}, {"prompt": "5+9="}])
-    write_json(world / "world.json", {"seed": 0, "strengths": list(STRENGTHS), "quality": QUALITY})
-
-
-# ------------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------------ measuring
 
 
 @torch.no_grad()
-def class_shares(model, tokenizer):
-    """(100 prompts, 7 classes) exact probabilities that the policy's response falls into each class, float64.
+def class_shares(model: Transformer, tokenizer: Tokenizer) -> Tensor:
+    """(100 prompts, 7 classes) exact probabilities of each class of response, float64.
 
-    A response that contains <unk> or <s> counts as malformed, though it decodes to the text without it.
+    A response that contains <unk> or <s> counts as malformed, though it decodes to the text
+    without it.
     """
-    prompts = torch.tensor([tokenizer.prompt_ids(prompt, "plain") for prompt in SUMS])  # all equally long
-    responses = [(*tokenizer.encode(number + ending), tokenizer.eos) for number in NUMBERS for ending in ENDINGS]
-    parts = [probabilities(model, some, responses) for some in prompts.split(25)]  # whose caches stay small
+    # Prompts are all equally long.
+    prompts = torch.tensor([tokenizer.prompt_ids(prompt, "plain") for prompt in SUMS])
+    texts = [number + ending for number in NUMBERS for ending in ENDINGS]
+    responses = [(*tokenizer.encode(text), tokenizer.eos) for text in texts]
+
+    # 25 prompts at a time keep the key/value cache small.
+    parts = [probabilities(model, batch, responses) for batch in prompts.split(25)]
     probability = torch.cat(parts).view(len(SUMS), len(NUMBERS), len(ENDINGS))
-    right = probability[range(len(SUMS)), list(SUMS.values())]
+
+    right = probability[range(len(SUMS)), list(SUMS.values())]  # (100, 3)
     wrong = probability.sum(1) - right
+    # The malformed ones are too many to list: they are the rest, which rounding may take below 0.
     malformed = (1 - right.sum(1) - wrong.sum(1)).clamp(min=0)
     return torch.cat([right, wrong, malformed[:, None]], dim=1)
 
 
-def probabilities(model, prompts, responses):
-    """(n, T) prompts and R responses, tuples of tokens -> (n, R), float64. A beginning that responses share is run once."""
-    n, longest = len(prompts), max(map(len, responses))
-    cache = KVCache(model.config, n, prompts.shape[1] + longest - 1, prompts.device, torch.float32)
-    following = model.head(model.model(prompts, cache)[:, -1]).double().softmax(-1)  # (n, V)
-    beginnings, joint = [()], {(): following}  # joint: of a beginning and each next token
+def probabilities(model: Transformer, prompts: Tensor, responses: list[tuple]) -> Tensor:
+    """(n, T) prompts, R responses as tuples of tokens -> (n, R) probabilities, float64.
+
+    A prefix that several responses share goes through the model once.
+    """
+    n = len(prompts)
+    longest = max(map(len, responses))
+    size = prompts.shape[1] + longest - 1  # a last token predicts nothing, and is not cached
+    cache = KVCache(model.config, n, size, prompts.device, torch.float32)
+
+    def following(tokens):
+        """Probabilities of the next token, a row for each row of the cache."""
+        return model.head(model.model(tokens, cache)[:, -1]).double().softmax(-1)
+
+    # joint[prefix] (n, V): probability of the prefix and each token after it.
+    prefixes = [()]
+    joint = {(): following(prompts)}
     for length in range(1, longest):
         longer = sorted({response[:length] for response in responses if len(response) > length})
-        parent = torch.tensor([beginnings.index(beginning[:-1]) for beginning in longer])
-        cache.keep((parent[:, None] * n + torch.arange(n)).flatten())  # the rows of one beginning are neighbours
-        token = torch.tensor([beginning[-1] for beginning in longer]).repeat_interleave(n)[:, None]
-        following = model.head(model.model(token, cache)[:, -1]).double().softmax(-1).view(len(longer), n, -1)
-        joint |= {b: joint[b[:-1]][:, b[-1], None] * row for b, row in zip(longer, following)}
-        beginnings = longer
+
+        # The cache holds n neighbouring rows for each prefix; each longer one takes its parent's.
+        parent = torch.tensor([prefixes.index(prefix[:-1]) for prefix in longer])
+        cache.keep((parent[:, None] * n + torch.arange(n)).flatten())
+        token = torch.tensor([prefix[-1] for prefix in longer]).repeat_interleave(n)[:, None]
+
+        rows = following(token).view(len(longer), n, -1)
+        for prefix, row in zip(longer, rows):
+            joint[prefix] = joint[prefix[:-1]][:, prefix[-1], None] * row
+        prefixes = longer
     return torch.stack([joint[response[:-1]][:, response[-1]] for response in responses], dim=1)
 
 
-def describe(shares, table):
-    """One policy's numbers. `right` and `malformed` are shares of all responses, `endings` of the well-formed ones.
+def describe(shares: Tensor, table: Tensor) -> dict:
+    """The numbers of one policy from its shares (100, 7) and the payoff table (7, 7).
 
+    `right` and `malformed` are shares of all responses, `endings` of the well-formed ones.
     Exploitability is E_x max_y P(y ≻ π|x) - ½: the best reply may differ from prompt to prompt.
     """
     mean = shares.mean(0)
@@ -227,22 +312,26 @@ def describe(shares, table):
     }
 
 
-def measure(world, run):
-    """RUN/measure.json and measure.png: base policy, every round's policy, the last, and the rounds' average.
+def measure(world: str | Path, run: str | Path) -> dict:
+    """Write RUN/measure.json and RUN/measure.png; FileNotFoundError if the run has no policies.
 
-    The average is the theorem's: a mixture that draws a round, then a response of its policy, so its shares are
-    the means of the rounds' shares. The base policy is not part of it.
+    They show the base policy, the policy of every round, the last one, and the rounds' average,
+    which is the theorem's: a mixture that draws a round, then a response of its policy. So its
+    shares are the means of the rounds' shares. The base policy is not part of it.
     """
-    world, run = Path(world), Path(run)
+    world = Path(world)
+    run = Path(run)
     table = payoff(tuple(read_json(world / "world.json")["strengths"]))
     folders = round_policies(run)
     if not folders:
         raise FileNotFoundError(f"{run}: no round-01/policy in it, expected the folder of a run")
+
     shares = []
     for folder in tqdm([world / "policy", *folders], desc="measure", unit="policy"):
         shares.append(class_shares(Transformer.from_pretrained(folder), Tokenizer(folder)))
     shares = torch.stack(shares)  # (1 + T, 100, 7)
     averages = shares[1:].cumsum(0) / torch.arange(1, len(shares))[:, None, None]
+
     result = {
         "base": describe(shares[0], table),
         "last": describe(shares[-1], table),
@@ -256,53 +345,90 @@ def measure(world, run):
     return result
 
 
-def print_table(result):
+# ------------------------------------------------------------------------ showing
+
+
+def print_table(result: dict) -> None:
+    rows = {name: result[name] for name in ("base", "last", "average")}
+    endings = result["equilibrium"]
+    rows["equilibrium"] = dict(right=1, endings=endings, malformed=0, exploitability=0)
+
     print(f"{'':14}{'right':>8}{'.':>8}{'!':>8}{'?':>8}{'malformed':>12}{'exploitability':>17}")
-    for name in ("base", "last", "average"):
-        row = result[name]
-        shares = "".join(f"{share:8.3f}" for share in row["endings"])
-        print(f"{name:14}{row['right']:8.3f}{shares}{row['malformed']:12.4f}{row['exploitability']:17.4f}")
-    print(f"{'equilibrium':14}{1:8.3f}{''.join(f'{share:8.3f}' for share in result['equilibrium'])}{0:12.4f}{0:17.4f}")
+    for name, row in rows.items():
+        shares = "".join(f"{share:8.3f}" for share in (row["right"], *row["endings"]))
+        print(f"{name:14}{shares}{row['malformed']:12.4f}{row['exploitability']:17.4f}")
 
 
-def draw(result, path):
-    """Left: the path of the endings on their triangle. Right: exploitability by round, and the share of right answers."""
-    def endings(rows):
-        return point([row["endings"] for row in rows])
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+def draw(result: dict, path: Path) -> None:
+    """Left: the path of the endings on their triangle. Right: exploitability, and wrong answers."""
+    figure = new_figure(11, 4.6)
     simplex, curve = figure.subplots(1, 2)
-    point = triangle(simplex, [f"all “{ending}”" for ending in ENDINGS])
-    start = [result["base"]]
-    simplex.plot(*endings(start + result["rounds"]), ".-", color=ORANGE, linewidth=0.8, label="policy of each round")
-    simplex.plot(*endings(result["averages"]), ".-", color=BLUE, label="average of the rounds so far")
-    simplex.plot(*endings(start), "o", color="black", label="base policy")
-    simplex.plot(*point(result["equilibrium"]), "*", color=GREEN, markersize=15, label="Nash equilibrium")
-    simplex.set_title("Endings of the responses (shares)", pad=14)
-    simplex.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.06, 1), fontsize=8)
-
-    rounds = range(len(result["rounds"]) + 1)
-    curve.plot(rounds, [row["exploitability"] for row in start + result["rounds"]], color=ORANGE, label="policy of each round")
-    average = [row["exploitability"] for row in result["averages"]]
-    curve.plot(rounds[1:], average, color=BLUE, label="average of the rounds so far")
-    curve.plot(rounds, [1 - row["right"] for row in start + result["rounds"]], ":", color=GREEN, label="wrong answers (share)")
-    curve.set(xlabel="round", ylabel="exploitability (win rate above ½)", title="Exact exploitability", ylim=(0, None))
-    curve.legend(frameon=False)
+    draw_endings(simplex, result)
+    draw_exploitability(curve, result)
     write_figure(path, figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def draw_endings(axes, result: dict) -> None:
+    """Shares of the three endings: a point for each policy."""
+    point = triangle(axes, [f"all “{ending}”" for ending in ENDINGS])
+    start = [result["base"]]
+
+    def path(rows, look, **style):
+        axes.plot(*point([row["endings"] for row in rows]), look, **style)
+
+    label = "policy of each round"
+    path(start + result["rounds"], ".-", color=ORANGE, linewidth=0.8, label=label)
+    path(result["averages"], ".-", color=BLUE, label="average of the rounds so far")
+    path(start, "o", color="black", label="base policy")
+    equilibrium = point(result["equilibrium"])
+    axes.plot(*equilibrium, "*", color=GREEN, markersize=15, label="Nash equilibrium")
+
+    axes.set_title("Endings of the responses (shares)", pad=14)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.06, 1), fontsize=8)
+
+
+def draw_exploitability(axes, result: dict) -> None:
+    """Exploitability by round, and the share of wrong answers."""
+    policies = [result["base"], *result["rounds"]]
+    rounds = range(len(policies))
+
+    last = [row["exploitability"] for row in policies]
+    average = [row["exploitability"] for row in result["averages"]]
+    wrong = [1 - row["right"] for row in policies]
+    axes.plot(rounds, last, color=ORANGE, label="policy of each round")
+    # The average begins with round 1; round 0 is the base policy.
+    axes.plot(rounds[1:], average, color=BLUE, label="average of the rounds so far")
+    axes.plot(rounds, wrong, ":", color=GREEN, label="wrong answers (share)")
+
+    axes.set(xlabel="round", ylabel="exploitability (win rate above ½)", ylim=(0, None))
+    axes.set_title("Exact exploitability")
+    axes.legend(frameon=False)
+
+
+# ------------------------------------------------------------------------ command line
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
+
     command = commands.add_parser("build", help="write the world")
     command.add_argument("world")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--strengths", type=float, nargs=3, default=STRENGTHS, help=". beats !, ! beats ?, ? beats . [.9 .9 .8]")
-    command.add_argument("--pairs", type=int, default=40_000, help="judged pairs that the learned judge sees [40000]")
+    command.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
+    order = ". beats !, ! beats ?, ? beats . [.9 .9 .8]"
+    command.add_argument("--strengths", type=float, nargs=3, default=STRENGTHS, help=order)
+    count = "judged pairs that the learned judge sees [%(default)s]"
+    command.add_argument("--pairs", type=int, default=40_000, help=count)
+
     command = commands.add_parser("measure", help="measure a run exactly")
     command.add_argument("world")
     command.add_argument("run")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
 
     def work():
         if args.command == "build":

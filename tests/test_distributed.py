@@ -1,4 +1,4 @@
-"""Claims about runs in several processes (ranks.py): they come to the numbers of one process, and survive the loss of one.
+"""Claims about runs in several processes (engine/distributed.py): the numbers are those of one, and the loss of one is survived.
 
 Processes talk through gloo on the CPU, as torchrun would have started them.
 """
@@ -18,13 +18,13 @@ from children import Child
 from conftest import ROOT, tiny_settings
 from safetensors.torch import load_file
 
-from toy.text_game import build_debugging
+from toy.debug import build_debugging
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """Seven prompts in batches of three: shares differ in size, and an epoch's last batch is smaller than three processes."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("distributed")
     build_debugging(folder / "world")
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{a}+{b}="}) + "\n" for a, b in zip("1234567", "7654321")))
@@ -101,11 +101,11 @@ KILLED = {
 
 @pytest.mark.parametrize("moment", KILLED)
 def test_a_process_that_is_killed_ends_the_run_and_the_same_command_finishes_it(settings, one, tmp_path, moment):
-    """The first process is killed; the other one says what to do. Fits keep their state behind each step."""
+    """The first process is killed; the other one says what to do. Fits keep their state after each step."""
     settings = replace(settings, out=str(tmp_path / "run"), save_minutes=0)
     (killed, _), (code, told) = (member.end() for member in team(settings, 2, KILLED[moment]))
     assert killed == -signal.SIGKILL and code == 2
-    assert "Traceback" not in told and f"the same command continues behind the last finished stage in {settings.out}" in told
+    assert "Traceback" not in told and f"the same command continues after the last finished stage in {settings.out}" in told
     ends = play(settings, 2)
     assert moment == "while sampling" or "responses" not in ends[0][1].split("round 2/2")[0]
     assert_same_run(tmp_path / "run", one)
@@ -134,17 +134,19 @@ def test_several_processes_train_float32_weights_for_a_bfloat16_policy(settings,
 SAVE = """
 import sys
 import torch
-import ranks
-from model import ModelConfig, Transformer, load_weights
+from engine import distributed
+from engine.checkpoint import load_weights
+from engine.run_folder import together
+from model import ModelConfig, Transformer
 source, target = sys.argv[1:]
-ranks.start("cpu")
+distributed.start("cpu")
 with torch.device("meta"):
     policy = Transformer(ModelConfig.from_json(source + "/config.json"))
-load_weights(ranks.sharded(policy, torch.bfloat16, "cpu"), source)
-with ranks.together(target) as temporary:
+load_weights(distributed.shard(policy, torch.bfloat16, "cpu"), source)
+with together(target) as temporary:
     policy.write_pretrained(temporary, shard_bytes=20_000)
 del policy
-ranks.stop()
+distributed.stop()
 """
 
 

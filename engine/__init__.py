@@ -1,0 +1,1 @@
+"""The machinery: run folders, checkpoints, processes, optimizers, files, figures, commands."""

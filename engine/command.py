@@ -1,0 +1,86 @@
+"""Commands: flags out of a settings class, one check of their ranges, and one sentence with exit
+code 2 when it cannot go on.
+
+A settings class is a dataclass whose fields are made by `setting`: name, type, default, help,
+choices and range of a flag stand in that one line, and nowhere else.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import Field, fields
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(field: Field) -> type:
+    """The type of a field's values: of `int | None` it is int."""
+    return field.type if isinstance(field.type, type) else field.type.__args__[0]
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, settings: type, only: tuple = (), **defaults
+) -> None:
+    """A flag for every field of a settings class, or for those named in `only`; `defaults` replace
+    the fields' own.
+
+    A parser made with argument_default=SUPPRESS keeps them out of its namespace: there only the
+    given flags appear.
+    """
+    for field in fields(settings):
+        if only and field.name not in only:
+            continue
+
+        # Where flags are absent unless given, a default would hide that somebody else has a say.
+        default = defaults.get(field.name, field.default)
+        options = {"help": described(field, default)}
+        if parser.argument_default is not argparse.SUPPRESS:
+            options["default"] = default
+
+        # --flag and --no-flag: a preset that sets it can be overridden either way.
+        if kind_of(field) is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind_of(field)
+            options["choices"] = field.metadata.get("choices")
+        parser.add_argument(flag(field.name), **options)
+
+
+def described(field: Field, default) -> str:
+    """The help text of a flag, with its default."""
+    text = field.metadata["help"].replace("%", "%%")
+    return text if default in ("", None) else f"{text} [{default}]"
+
+
+def check_settings(values, settings: type) -> None:
+    """ValueError names the first setting that is out of its range; `values` has the fields of
+    `settings`, or some of them.
+    """
+    for field in fields(settings):
+        value = getattr(values, field.name, None)
+        low = field.metadata.get("low")
+        if value is None or low is None:
+            continue
+        high = field.metadata.get("high", math.inf)
+        if not low <= value <= high:  # NaN is in no range
+            expected = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ValueError(f"{flag(field.name)} is {value}, expected {expected}")
+
+
+def exit_code(name: str, work: Callable[[], object], stopped: str = "stopped") -> int:
+    """Call `work`. 0; or 2 where something that a user gave was wrong or a file failed; or 130
+    after Ctrl-C.
+    """
+    # Anything else is a mistake of ours, and keeps its traceback.
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: {stopped}", file=sys.stderr)
+        return 130
+    return 0

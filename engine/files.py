@@ -1,0 +1,133 @@
+"""Files: JSON and JSON lines, read with a sentence for what is wrong, and written whole or not at
+all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# ------------------------------------------------------------------------ reading
+
+
+def read_json(path: str | Path, kind: type = dict):
+    """A JSON file that holds an object, or (kind=list) a list. FileNotFoundError or ValueError
+    names the file.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+    if not isinstance(value, kind):
+        expected = "object" if kind is dict else kind.__name__
+        raise ValueError(f"{path}: expected a JSON {expected}, found {type(value).__name__}")
+    return value
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield (where, object) for each line of a JSON-lines file; `where` is "file, line n". Blank
+    lines are skipped.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+
+    # Bytes, so that a line that is not UTF-8 is named by its number.
+    empty = True
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            empty = False
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{where}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            yield where, row
+
+    if empty:
+        raise ValueError(f"{path}: the file is empty, expected one JSON object a line")
+
+
+# ------------------------------------------------------------------------ writing
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def require_empty(path: str | Path) -> Path:
+    """The path, if a new folder may be put there. FileExistsError if it is a file or a folder with
+    something in it.
+    """
+    path = Path(path).absolute()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        remedy = "choose another folder, or delete it"
+        raise FileExistsError(f"{path}: exists already, and nothing is written over it; {remedy}")
+    return path
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name to write a file or a new folder under; it gets its real name only when
+    complete.
+
+    A process that is killed inside leaves the old content, or none, but never a part. OSError (disk
+    full, say) names the path that could not be written. A file replaces the file of that name; a
+    folder replaces nothing.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        require_empty(path)
+
+    # In the same folder, so that the rename crosses no file system.
+    temporary = path.with_name(path.name + ".tmp")
+    remove(temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        remove(temporary)
+        raise OSError(
+            f"{path}: could not be written: {error}; what was there before is untouched"
+        ) from error
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: str | Path, rows: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_line(path: str | Path, row: dict) -> None:
+    """Add one JSON line to a log that is read while it grows."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            print(json.dumps(row), file=file)
+    except OSError as error:
+        raise OSError(
+            f"{path}: could not be written: {error}; finished stages are untouched"
+        ) from error

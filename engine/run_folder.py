@@ -1,0 +1,422 @@
+"""What a run leaves on disk, so that it continues where it was stopped: stages that are finished,
+and the one that is not.
+
+    RUN/config.json, metrics.jsonl, timings.jsonl, curves.png
+    RUN/round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/
+
+A stage is written under a temporary name and renamed when it is whole. The long one, fitting the
+policy, also keeps its state every --save-minutes, in a folder fit-STEPS with one file a process,
+until it is done.
+"""
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
+from tqdm import tqdm
+
+from engine.checkpoint import DTYPES, load_weights, uninitialized
+from engine.command import flag
+from engine.distributed import (
+    barrier,
+    broadcast,
+    is_main,
+    local_part,
+    my_share,
+    rank,
+    shard,
+    world_size,
+)
+from engine.files import (
+    append_line,
+    atomic_write,
+    read_json,
+    read_lines,
+    remove,
+    write_json,
+    write_lines,
+)
+from engine.optim import load_optimizer_tensors, optimizer_tensors
+
+# ------------------------------------------------------------------------ folders
+
+
+def round_folder(out: str | Path, number: int) -> Path:
+    return Path(out) / f"round-{number:02d}"
+
+
+def policy_folder(config, number: int) -> Path:
+    """The checkpoint of π_t: what the round before left, or --policy."""
+    return Path(config.policy) if number == 1 else round_folder(config.out, number - 1) / "policy"
+
+
+def round_policies(run: str | Path) -> list[Path]:
+    """The checkpoints that a run has left, in the order of its rounds."""
+    folders = Path(run).glob("round-[0-9]*/policy")
+    return sorted(folders, key=lambda path: int(path.parent.name.removeprefix("round-")))
+
+
+def claim(out: str | Path, settings: dict, defaults: dict, free: set) -> None:
+    """Write config.json into a new run folder, or compare the settings with those of an old one.
+
+    `defaults` stand for settings that are younger than the run; those in `free` may differ.
+    ValueError names the first setting that differs.
+    """
+    path = Path(out) / "config.json"
+    if not path.exists():
+        write_json(path, settings)
+
+    old = defaults | read_json(path)
+    for name in settings | old:
+        before = old.get(name)
+        now = settings.get(name)
+        if name not in free and now != before:
+            differs = f"this run was started with {flag(name)} {before}, now it is {now}"
+            remedy = "give the same settings to continue it, or another --out"
+            raise ValueError(f"{path}: {differs}; {remedy}")
+
+
+class Metrics:
+    """metrics.jsonl: a line for each optimizer step as it is made, and a line for each round.
+
+    A step that a killed process had told, but not saved, is told twice; after its round the file is
+    written anew.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines = []
+
+    def step(self, number: int, step: dict) -> None:
+        if is_main():
+            append_line(self.path, {"round": number} | step)
+
+    def finish_round(self, number: int, steps: list[dict], summary: dict) -> None:
+        self.lines += [{"round": number} | step for step in steps]
+        self.lines.append(summary)
+        if is_main():
+            write_lines(self.path, self.lines)
+
+
+@contextmanager
+def together(path: str | Path) -> Iterator[Path]:
+    """files.atomic_write for all processes: one temporary name, into which each may write, and the
+    main one renames it.
+    """
+    path = Path(path).absolute()
+    with (
+        atomic_write(path)
+        if is_main()
+        else nullcontext(path.with_name(path.name + ".tmp")) as temporary
+    ):
+        barrier()  # what an interrupted run had left there is gone
+        yield temporary
+        barrier()  # all have written
+    barrier()
+
+
+# ------------------------------------------------------------------------ memory
+
+OOM_ADVICE = {  # the flag to lower, per stage
+    "responses": "lower --pool or --cache-gb",
+    "preferences": "judge with a smaller model, or on another --device",
+    "policy": "lower --micro-tokens or --micro-batch, or add --recompute",
+}
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of torch, on a GPU or the CPU, or of Python says that memory ran out."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "not enough memory" in str(error)
+
+
+def peak_memory(device: str) -> float:
+    """Largest memory of this process so far, in GB: of the GPU where there is one."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ------------------------------------------------------------------------ finished stages
+
+
+class RecordedGame:
+    """A game that remembers: what `sppo_round` asks for is read from disk, or played and written.
+
+    round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/ (the weights of
+    π_2 in Hugging Face layout, and steps.jsonl, the numbers of each optimizer step);
+    previous.safetensors and reference.safetensors where the target needs them. `game` is a
+    train.TextGame. With several processes all call the same methods, and the main one writes.
+    """
+
+    def __init__(self, game, metrics: Metrics):
+        self.game = game
+        self.config = game.config
+        self.metrics = metrics
+        self.folder = round_folder(game.config.out, game.number)
+
+    def sample(self, prompts):
+        path = self.folder / "responses.jsonl"
+        if finished(path):
+            return read_responses(path, prompts)
+
+        with self.stage("responses", len(my_share(prompts)) * self.config.samples, unit="response"):
+            responses = self.game.sample(prompts)
+            with together(path) as temporary:
+                if is_main():
+                    pairs = zip(prompts, responses, strict=True)
+                    write_lines(temporary, [self.row(*pair) for pair in pairs])
+        return responses
+
+    def row(self, prompt, responses) -> dict:
+        """A line of responses.jsonl."""
+        # Texts are for people. Token ids are what is read again: to encode a text gives others.
+        texts = self.game.texts(prompt, responses)
+        return {"prompt": prompt.text, "responses": texts, "tokens": responses}
+
+    def judge(self, prompts, responses):
+        play = partial(self.game.judge, prompts, responses)
+        return self.remember("preferences", prompts, play)
+
+    def score(self, prompts, responses, config):
+        play = partial(self.game.score, prompts, responses, config)
+        return self.remember("logps", prompts, play)
+
+    def previous(self, prompts, responses, win_rate):
+        play = partial(self.game.previous, prompts, responses, win_rate)
+        return self.remember("previous", prompts, play)
+
+    def reference(self, prompts, responses):
+        play = partial(self.game.reference, prompts, responses)
+        return self.remember("reference", prompts, play)
+
+    def remember(self, name, prompts, play):
+        """A stage that is one tensor: read from NAME.safetensors, or played and written there."""
+        path = self.folder / f"{name}.safetensors"
+        if finished(path):
+            return read_tensor(path, name)
+
+        with self.stage(name, len(my_share(prompts))):
+            tensor = play()
+            with together(path) as temporary:
+                if is_main():
+                    temporary.write_bytes(tensor_file(name, tensor))
+        return tensor
+
+    def fit(self, data, config, generator):
+        path = self.folder / "policy"
+        saver = Saver(self.folder, self.config.save_minutes, self.game)
+        if finished(path):
+            load_weights(self.game.policy, path)
+            steps = [row for _, row in read_lines(path / "steps.jsonl")]
+        else:
+            # Several processes train the policy in shards. Afterwards each one's whole copy takes
+            # up what they have left in the checkpoint.
+            with in_shards(self.game, path) if world_size() > 1 else nullcontext():
+                steps = self.play_fit(path, saver, data, config, generator)
+
+        # Also where the fit was finished: a process may have died between the two.
+        saver.forget()
+        return steps
+
+    def play_fit(self, path, saver, data, config, generator):
+        """Fit, step by step, and write the checkpoint of π_{t+1}."""
+        with self.stage("policy", len(my_share(data.prompts)) * config.epochs) as bar:
+            for step in self.game.fit(data, config, generator, saver.resume):
+                bar.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
+                self.metrics.step(self.game.number, step)
+                saver.after(step)
+
+            with together(path) as temporary:
+                self.game.policy.write_pretrained(temporary)  # all processes have a part
+                if is_main():
+                    self.game.tokenizer.copy_to(temporary)
+                    write_lines(temporary / "steps.jsonl", saver.steps)
+        return saver.steps
+
+    @contextmanager
+    def stage(self, name: str, items: int, unit: str = "prompt"):
+        """The bar of a stage that is being played, which the game moves; a sentence if memory runs
+        out; a line of timings.
+        """
+        start = time.perf_counter()
+        title = f"round {self.game.number}/{self.config.rounds} {name}"
+        with tqdm(total=items, unit=unit, desc=title, leave=False, disable=not is_main()) as bar:
+            self.game.progress = bar
+            try:
+                yield bar
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                advice = OOM_ADVICE.get(name, "lower --micro-tokens or --micro-batch")
+                raise ValueError(
+                    f"{title}: out of memory; {advice}, the finished stages are kept: {error}"
+                ) from None
+
+        # After the file has its name: what is in timings.jsonl is finished.
+        if is_main():
+            row = {"round": self.game.number, "stage": name}
+            row |= {
+                "seconds": time.perf_counter() - start,
+                "peak_gb": peak_memory(self.config.device),
+            }
+            append_line(Path(self.config.out) / "timings.jsonl", row)
+
+
+def finished(path: Path) -> bool:
+    """Whether a stage is on disk, as the main process sees it: all must agree."""
+    return broadcast(path.exists())
+
+
+def read_responses(path: Path, prompts: list) -> list:
+    """The token ids of a responses.jsonl: N lists of K. ValueError if it is of other prompts."""
+    rows = [row for _, row in read_lines(path)]
+    if [row["prompt"] for row in rows] != [prompt.text for prompt in prompts]:
+        differs = "holds responses to other prompts than this run's"
+        raise ValueError(f"{path}: {differs}; was the prompt file changed?")
+    return [row["tokens"] for row in rows]
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    try:
+        return load_file(path)[name]
+    except (SafetensorError, KeyError) as error:
+        remedy = "delete it to compute it again"
+        raise ValueError(f"{path}: not what this stage writes ({error}); {remedy}") from None
+
+
+def tensor_file(name: str, tensor: torch.Tensor) -> bytes:
+    tensors = {name: tensor.contiguous()}
+    if name == "preferences":
+        tensors["win_rates"] = tensor.mean(-1)  # for people; nothing reads them
+    return save(tensors)
+
+
+@contextmanager
+def in_shards(game, path: Path):
+    """The game's policy as shards of all processes, from its checkpoint; afterwards its whole copy
+    again, with what is at path.
+    """
+    # On the meta device, so that no process holds a second whole copy.
+    copy = game.policy
+    with uninitialized(torch.float32, "meta"):
+        game.policy = type(copy)(copy.config)
+    game.policy.model.recompute = copy.model.recompute
+    shard(game.policy, DTYPES[game.config.dtype], game.config.device)
+    load_weights(game.policy, policy_folder(game.config, game.number))
+
+    yield
+
+    game.policy = copy
+    gc.collect()  # the shards, which refer to each other
+    load_weights(game.policy, path)
+
+
+# ------------------------------------------------------------------------ the unfinished fit
+
+
+class Saver:
+    """Keeps the state of an unfinished fit: weights, optimizer state and the numbers of each step,
+    in FOLDER/fit-STEPS.
+
+    One safetensors file a process, with its part of everything. The older state goes when the newer
+    one is whole.
+    """
+
+    def __init__(self, folder: Path, minutes: float, game):
+        self.folder = folder
+        self.seconds = 60 * minutes
+        self.last = time.monotonic()
+        self.game = game
+        self.steps = []  # the numbers of the steps done
+
+    def kept(self) -> list[Path]:
+        """Folders of this kind, the latest last."""
+        found = [
+            path for path in self.folder.glob("fit-*") if path.name.removeprefix("fit-").isdecimal()
+        ]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("fit-")))
+
+    def resume(self, optimizer) -> int:
+        """Put weights and optimizer state where they were; the number of steps done, 0 if nothing
+        was kept.
+        """
+        self.optimizer = optimizer
+        found = broadcast(self.kept())
+        if not found:
+            return 0
+        path = part_of(found[-1])
+        if not path.exists():
+            begun = "this fit was begun by another number of processes"
+            remedy = "start as many, or delete the folder to begin the stage again"
+            raise ValueError(f"{path}: no such file, {begun}; {remedy}")
+        try:
+            self.load(path)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            again = f"delete {path.parent} to begin the stage again"
+            raise ValueError(f"{path}: not the state of this fit ({error}); {again}") from None
+        return len(self.steps)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            self.steps = json.loads(file.metadata()["steps"])
+        kept = load_file(path)
+
+        for name, parameter in self.game.policy.named_parameters():
+            local_part(parameter)[0].copy_(kept[f"weights.{name}"])
+        state = {
+            key.removeprefix("optimizer."): value
+            for key, value in kept.items()
+            if key.startswith("optimizer.")
+        }
+        load_optimizer_tensors(self.optimizer, state)
+
+    def after(self, step: dict) -> None:
+        """Call after each step; saves at most every `minutes`."""
+        self.steps.append(step)
+        due = time.monotonic() - self.last >= self.seconds
+        if not broadcast(due):  # the main process's clock decides
+            return
+
+        tensors = {
+            f"weights.{name}": parameter.detach()
+            for name, parameter in self.game.policy.named_parameters()
+        }
+        tensors |= {
+            f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()
+        }
+        tensors = {name: local_part(tensor)[0] for name, tensor in tensors.items()}
+
+        # The older state goes only when the newer one is whole: a kill leaves one of them.
+        older = broadcast(self.kept())
+        with together(self.folder / f"fit-{len(self.steps)}") as temporary:
+            temporary.mkdir(exist_ok=True)
+            save_file(tensors, part_of(temporary), metadata={"steps": json.dumps(self.steps)})
+        delete(older)
+        self.last = time.monotonic()
+
+    def forget(self) -> None:
+        """The fit is done: what was kept of it goes."""
+        delete(self.kept())
+
+
+def delete(folders: list[Path]) -> None:
+    if is_main():
+        for folder in folders:
+            remove(folder)
+
+
+def part_of(folder: Path) -> Path:
+    """This process's file."""
+    return folder / f"{rank() + 1}-of-{world_size()}.safetensors"

@@ -1,0 +1,1 @@
+"""How good is a policy, and how good is a judge? `python -m evaluate --help`"""

@@ -1,0 +1,1 @@
+"""Judges: who says P(y_i beats y_j)."""

@@ -1,0 +1,85 @@
+"""Claims about toy/debug.py: it runs from nothing, and a round can be stepped through as it says."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+from toy import debug
+
+
+def run_python(folder, *arguments, typed=""):
+    """`python ...` in a folder, with some lines typed into it."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    streams = dict(input=typed, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=env, **streams)
+
+
+@pytest.fixture(scope="module")
+def debug_run(tmp_path_factory):
+    """`python -m toy.debug` in an empty folder."""
+    folder = tmp_path_factory.mktemp("debug")
+    return folder, run_python(folder, "-m", "toy.debug")
+
+
+def test_the_debugging_run_runs_from_nothing(debug_run):
+    folder, done = debug_run
+    assert done.returncode == 0, done.stderr
+    assert (folder / "out/debug/round-02/policy/model.safetensors").is_file()
+    assert (folder / "out/debug/curves.png").is_file()
+    assert "Warning" not in done.stderr
+
+
+def test_the_debugging_run_has_something_to_learn(debug_run):
+    """Else every target, gradient and log-ratio in the debugger is 0."""
+    text = (debug_run[0] / "out/debug/metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    rounds = [row for row in rows if "loss" not in row]
+    assert len(rounds) == 2 and all(row["first_loss"] > 0 for row in rounds)
+
+
+def test_what_the_docstring_tells_to_type_and_to_look_at_is_there(debug_run):
+    """Stop in the first round, play it to its end, and print each of its variables by name."""
+    typed = """
+        b sppo.sppo_round
+        c
+        r
+        p len(responses), [len(row) for row in responses]
+        p preference.shape, (preference + preference.mT == 1).all().item()
+        p win_rate.shape, chosen.shape, logp.shape, target.shape
+        p (target - 2 * (win_rate.gather(1, chosen) - 0.5)).abs().max().item() < 1e-6
+        p steps[0]["best_log_ratio"], steps[0]["worst_log_ratio"]
+        p steps[0]["loss"] == steps[0]["mean_squared_target"]
+        p steps[-1]["best_log_ratio"] > 0 > steps[-1]["worst_log_ratio"]
+    """
+    typed = textwrap.dedent(typed).strip() + "\n"  # an empty line would repeat the last command
+    shown = run_python(debug_run[0], "-m", "pdb", "-m", "toy.debug", typed=typed).stdout
+
+    answers = [line.removeprefix("(Pdb) ") for line in shown.splitlines() if "(Pdb) " in line]
+    size = "torch.Size([2, {}])".format
+    assert answers[3:-1] == [
+        "(2, [3, 3])",
+        f"({size('3, 3')}, True)",
+        f"({size(3)}, {size(2)}, {size(2)}, {size(2)})",
+        "True",
+        "(0.0, 0.0)",
+        "True",
+        "True",
+    ], shown
+
+
+def test_the_debugging_run_starts_afresh_but_not_for_a_wrong_flag(debug_run, monkeypatch, capsys):
+    folder, _ = debug_run
+    monkeypatch.chdir(folder)
+    (folder / "out/debug/note").touch()
+    with pytest.raises(SystemExit):
+        debug.main(["--no-such-flag"])
+    assert (folder / "out/debug/note").exists()
+
+    assert debug.main(["--rounds", "1"]) == 0
+    assert not (folder / "out/debug/note").exists()
+    assert [path.name for path in (folder / "out/debug").glob("round-*")] == ["round-01"]
