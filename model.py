@@ -1,4 +1,4 @@
-"""The policy: a Mistral transformer. Sampling from it is in generate.py.
+"""The policy: a transformer of the Mistral, Llama or Qwen family. Sampling is in generate.py.
 
 Modules are named like the tensors of a Hugging Face checkpoint, so that loading is a copy by name.
 Read the network from `Transformer` up to `Attention`. Shapes: B rows, T tokens, S cached positions,
@@ -7,6 +7,7 @@ V vocabulary, D width, H query heads, G key/value heads, Dh head size.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,26 @@ DEFAULTS = dict(
 )
 MISTRAL = dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=4096 * 32)
 LLAMA = dict(num_key_value_heads=None, max_position_embeddings=2048)
+QWEN2 = dict(num_key_value_heads=32, max_position_embeddings=32768)
+QWEN3 = QWEN2 | dict(head_dim=128)
 
-# A family: its name in transformers, its further defaults, what its config.json cannot change.
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes a model_type. A new family is a line in FAMILIES, and what it computes."""
+
+    architecture: str  # its name in transformers
+    defaults: dict
+    windowed: bool = False  # whether sliding_window counts
+    biased: bool = False  # queries, keys and values have biases
+    normed: bool = False  # queries and keys are normalised, head by head, before they are rotated
+
+
 FAMILIES = {
-    "mistral": ("MistralForCausalLM", MISTRAL, {}),
-    "llama": ("LlamaForCausalLM", LLAMA, {"sliding_window": None}),
+    "mistral": Family("MistralForCausalLM", MISTRAL, windowed=True),
+    "llama": Family("LlamaForCausalLM", LLAMA),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN2, biased=True),
+    "qwen3": Family("Qwen3ForCausalLM", QWEN3, normed=True),
 }
 
 
@@ -47,6 +63,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e4
+    rope_scaling: dict | None = None  # of type llama3 (see scaled); None: plain rotary embedding
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
@@ -59,13 +76,16 @@ class ModelConfig:
         """Read a config.json. ValueError names a key that is missing, or a value not computed."""
         raw = read_json(path)
         rope = check_architecture(path, raw)
-        _, defaults, fixed = FAMILIES[raw["model_type"]]
+        family = FAMILIES[raw["model_type"]]
         names = [field.name for field in dataclasses.fields(cls)]
 
         # Old and new forms of the file. Later ones win: a plain key over its nested or old form.
         old = {"dtype": raw.get("torch_dtype") or "float32"}
         plain = {name: raw[name] for name in names if name in raw}
-        values = DEFAULTS | defaults | rope | old | plain | fixed
+        values = DEFAULTS | family.defaults | rope | old | plain
+        values["rope_scaling"] = rope["rope_scaling"]
+        if not family.windowed:
+            values["sliding_window"] = None
 
         dtype = values["dtype"]
         check(path, "dtype", dtype, dtype in DTYPES, f"one of {', '.join(DTYPES)}")
@@ -81,10 +101,14 @@ class ModelConfig:
         check(path, "num_key_value_heads", G, H % G == 0, f"a divisor of num_attention_heads = {H}")
         return cls(**values)
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
     def to_json(self) -> dict:
         """The dictionary of a config.json that every version of transformers reads alike."""
-        rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        fixed = {"architectures": [FAMILIES[self.model_type][0]], "hidden_act": "silu"}
+        rope = {"rope_theta": self.rope_theta, "rope_type": "default"} | (self.rope_scaling or {})
+        fixed = {"architectures": [self.family.architecture], "hidden_act": "silu"}
         fixed |= {"torch_dtype": self.dtype, "rope_parameters": rope}
         return fixed | dataclasses.asdict(self)
 
@@ -101,23 +125,28 @@ def check_sizes(path, values: dict, *keys: str) -> None:
 
 
 def check_architecture(path, raw: dict) -> dict:
-    """{"rope_theta": ...} if an object has it. ValueError names what the network cannot compute."""
+    """rope_theta, if it is nested, and rope_scaling. ValueError names what cannot be computed."""
     kind = raw.get("model_type")
     check(path, "model_type", kind, kind in FAMILIES, " or ".join(FAMILIES))
     activation = raw.get("hidden_act", "silu")
     check(path, "hidden_act", activation, activation == "silu", '"silu"')
-    for key in ("attention_bias", "mlp_bias"):
-        check(path, key, raw.get(key), not raw.get(key), "false (biases are not implemented)")
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        check(path, key, raw.get(key), not raw.get(key), f"false ({kind} is computed without)")
 
-    base = {}
+    found = {"rope_scaling": None}
     for key in ("rope_scaling", "rope_parameters"):  # the old and the new name
         rope = raw.get(key) or {}
         check(path, key, rope, isinstance(rope, dict), "an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        check(path, "rope_type", kind, kind == "default", '"default" (scaling is not implemented)')
         if "rope_theta" in rope:
-            base = {"rope_theta": rope["rope_theta"]}
-    return base
+            found["rope_theta"] = rope["rope_theta"]
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        check(path, "rope_type", kind, kind in ("default", "llama3"), '"default" or "llama3"')
+        if kind == "llama3":
+            found["rope_scaling"] = {"rope_type": kind} | {name: rope.get(name) for name in LLAMA3}
+    for name in LLAMA3 if found["rope_scaling"] else ():
+        value = found["rope_scaling"][name]
+        check(path, name, value, type(value) in (int, float) and value > 0, "a positive number")
+    return found
 
 
 # ------------------------------------------------------------------------ the network
@@ -136,14 +165,30 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(B, T) -> cos, sin (B, 1, T, Dh) of position * theta^(-2i/Dh), in float32."""
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None):
+    """(B, T) -> cos, sin (B, 1, T, Dh) of position * theta^(-2i/Dh), float32, the half repeated."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (Dh/2,)
-    angle = positions[..., None].float() * theta**-exponent  # (B, T, Dh/2)
+    frequency = theta**-exponent
+    if scaling is not None:
+        frequency = scaled(frequency, *(scaling[name] for name in LLAMA3))
 
-    # Both halves of a head turn by the same angles; see `rotate`.
+    angle = positions[..., None].float() * frequency  # (B, T, Dh/2)
     angle = torch.cat([angle, angle], dim=-1)[:, None]  # (B, 1, T, Dh)
     return angle.cos(), angle.sin()
+
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def scaled(frequency: Tensor, factor: float, low: float, high: float, context: int) -> Tensor:
+    """Llama 3.1's frequencies for a context longer than the one that was trained on first.
+
+    A frequency that turns fewer than `low` times in that context is divided by factor, one that
+    turns more than `high` times stays; between the two the share of either is linear in the turns.
+    """
+    turns = context * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -161,11 +206,16 @@ class Attention(nn.Module):
         D = config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
+        biased = config.family.biased
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(D, queries, bias=False)
-        self.k_proj = nn.Linear(D, keys, bias=False)
-        self.v_proj = nn.Linear(D, keys, bias=False)
+        self.q_proj = nn.Linear(D, queries, bias=biased)
+        self.k_proj = nn.Linear(D, keys, bias=biased)
+        self.v_proj = nn.Linear(D, keys, bias=biased)
         self.o_proj = nn.Linear(queries, D, bias=False)
+        self.normed = config.family.normed
+        if self.normed:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, layer_cache):
         B, T, _ = x.shape
@@ -173,6 +223,9 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, Dh)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, Dh)
 
+        if self.normed:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if layer_cache is not None:
@@ -239,7 +292,8 @@ class Decoder(nn.Module):
         position = torch.arange(T, device=tokens.device)[None]  # (1, T)
         if cache is not None:
             position = position + cache.length[:, None]  # (B, T)
-        cos, sin = rotary_angles(position, config.head_dim, config.rope_theta)
+        rope = (config.head_dim, config.rope_theta, config.rope_scaling)
+        cos, sin = rotary_angles(position, *rope)
 
         # Plain causal attention needs no mask: as many tokens as positions have no past.
         mask = None
@@ -301,10 +355,10 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def initialize(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Random weights, decided by the generator alone: matrices of variance 1/columns, norms 1."""
-    for parameter in module.parameters():
+    """Random weights by the generator alone: matrices of variance 1/columns, norms 1, biases 0."""
+    for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
         else:
-            parameter.fill_(1)
+            parameter.fill_(0 if name.endswith(".bias") else 1)
     return module

@@ -240,7 +240,7 @@ def test_pickled_weights_are_refused(tmp_path, checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, 'model_type is "qwen2", expected mistral or llama'),
+        ({"model_type": "gpt2"}, 'model_type is "gpt2", expected mistral or llama'),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, 'rope_type is "yarn"'),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 'rope_type is "linear"'),
         ({"attention_bias": True}, "attention_bias is true"),
