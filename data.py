@@ -4,6 +4,7 @@ A *prompt* is a string, or a list of chat messages `{"role": "user", "content": 
 is kept as the token ids that were sampled, stop token included: encoding its text may give others.
 """
 
+import functools
 import itertools
 import json
 from dataclasses import dataclass
@@ -13,14 +14,20 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from engine.chat_template import ChatTemplate
 from engine.files import read_json, read_lines
 
-TEMPLATES = ("mistral", "plain")
+TEMPLATES = ("chat", "mistral", "plain")
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 ROLES = ("system", "user", "assistant")
 
 
 class Tokenizer:
-    """A checkpoint folder's tokenizer.json, with `bos` and `eos` from its tokenizer_config.json."""
+    """A checkpoint folder's tokenizer.json, and the special tokens that its other files name.
+
+    `bos` may be None. `stop` are the tokens that end a response: `eos`, or the list of the
+    generation_config.json.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -37,20 +44,32 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
 
-        self.bos = self._special("bos_token")
+        self.config = read_json(self.folder / "tokenizer_config.json")
+        self.bos = self._special("bos_token") if self.config.get("bos_token") else None
         self.eos = self._special("eos_token")
-        names = ("tokenizer.json", "tokenizer_config.json")
-        self.files = {name: (self.folder / name).read_bytes() for name in names}
+        self.stop = self._stop_tokens()
+        paths = [self.folder / name for name in FILES]
+        self.files = {path.name: path.read_bytes() for path in paths if path.is_file()}
 
     def _special(self, key):
         """The id of a special token, which may be written as a string or as an object."""
-        path = self.folder / "tokenizer_config.json"
-        token = read_json(path).get(key)
+        token = self.config.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         token_id = self.backend.token_to_id(token) if isinstance(token, str) else None
         if token_id is None:
+            path = self.folder / "tokenizer_config.json"
             raise ValueError(f"{path}: {key} is {token!r}, expected a token of tokenizer.json")
         return token_id
+
+    def _stop_tokens(self):
+        path = self.folder / "generation_config.json"
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
+        stop = [self.eos] if found is None else found if isinstance(found, list) else [found]
+        for token in stop:
+            if type(token) is not int or self.backend.id_to_token(token) is None:
+                expected = "expected the id of a token of tokenizer.json"
+                raise ValueError(f"{path}: eos_token_id is {token!r}, {expected}")
+        return tuple(dict.fromkeys(stop))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError if there are tokens that a model of this vocab_size has no embedding for."""
@@ -66,9 +85,24 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The checkpoint's own; ValueError if it has none."""
+        return ChatTemplate(self.folder, self.backend, self.config)
+
+    def conversation_ids(
+        self, messages: list[dict], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation in the checkpoint's own template, as transformers gives them.
+
+        Only where a message contains the text of a special token they differ: here it stays text.
+        """
+        return self.chat_template.ids(messages, add_generation_prompt)
+
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation in Mistral's v1 [INST] format, the same as mistral-common's."""
         # All system messages go in front of the first message of the user.
+        self.require_mistral()
         messages = merge_neighbours(messages)
         system = [content for role, content in messages if role == "system"]
 
@@ -82,16 +116,32 @@ class Tokenizer:
                 ids += self.encode(content) + [self.eos]
         return ids
 
+    def require_mistral(self) -> None:
+        """ValueError where [INST] is no plain text, or BOS and EOS are not <s> and </s>."""
+        # Anywhere else the v1 format makes prompts that the model has never seen.
+        own = [self.backend.token_to_id(token) for token in ("<s>", "</s>", "[INST]")]
+        if own != [self.bos, self.eos, None]:
+            differs = "not the tokenizer of a Mistral v1 or v2, which --template mistral is for"
+            raise ValueError(f"{self.folder}: {differs}; use --template chat")
+
     def prompt_ids(self, prompt: str | list, template: str) -> list[int]:
-        """Ids that a response follows: `mistral` is the chat format, `plain` a text to continue."""
-        if template == "mistral":
-            is_text = isinstance(prompt, str)
-            return self.chat([{"role": "user", "content": prompt}] if is_text else prompt)
-        return [self.bos] + self.encode(prompt_text(prompt))
+        """Ids that a response follows, in one of TEMPLATES; `plain` is a text to be continued."""
+        if template == "plain":
+            return self.beginning() + self.encode(prompt_text(prompt))
+        is_text = isinstance(prompt, str)
+        messages = [{"role": "user", "content": prompt}] if is_text else prompt
+        return self.chat(messages) if template == "mistral" else self.conversation_ids(messages)
+
+    def beginning(self) -> list[int]:
+        """What a plain text begins with: BOS."""
+        if self.bos is None:
+            path = self.folder / "tokenizer_config.json"
+            raise ValueError(f"{path}: bos_token is null, but --template plain begins with it")
+        return [self.bos]
 
     def response_text(self, prompt_ids: list, response_ids: list, template: str) -> str:
         """The text of a response; a plain continuation keeps the space before its first word."""
-        if template == "mistral":
+        if template != "plain":
             return self.decode(response_ids)
 
         # Decoding strips a leading space, so the response is decoded where it stands.
@@ -101,9 +151,12 @@ class Tokenizer:
     def judged_ids(self, prompt: str | list, response: str, template: str) -> list[int]:
         """Ids of prompt and response with both ends marked: what a preference model reads."""
         text = prompt_text(prompt)
+        if template == "chat":
+            both = [{"role": "user", "content": text}, {"role": "assistant", "content": response}]
+            return self.conversation_ids(both, add_generation_prompt=False)
         if template == "mistral":
             return self.prompt_ids(text, template) + self.encode(response) + [self.eos]
-        return [self.bos] + self.encode(text + response) + [self.eos]
+        return self.beginning() + self.encode(text + response) + [self.eos]
 
     def copy_to(self, folder: str | Path) -> None:
         """Put the tokenizer's files into a checkpoint folder, as they were read."""

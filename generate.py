@@ -160,7 +160,7 @@ class Pool:
     cache: KVCache
     rows: int
     max_new_tokens: int
-    stop_token: int | None
+    stop_tokens: tuple[int, ...]
     temperature: float
     top_p: float
     record: bool  # the log-probability of each token, too
@@ -264,7 +264,7 @@ class Pool:
             response = self.writing[row]
             response.tokens.append(value)
             response.logps.append(logp)
-            if value == self.stop_token or len(response.tokens) == self.max_new_tokens:
+            if value in self.stop_tokens or len(response.tokens) == self.max_new_tokens:
                 self.writing[row] = None
                 self.finished += 1
 
@@ -297,12 +297,13 @@ def prefilled(model: nn.Module, responses: list[list[Response]]):
 @torch.no_grad()
 def generate(
     model: nn.Module, prompts: list[list[int]], samples_per_prompt: int, max_new_tokens: int,
-    stop_token: int | None, temperature: float = 1.0, top_p: float = 1.0, generator=None,
+    stop_token: int | tuple | None, temperature: float = 1.0, top_p: float = 1.0, generator=None,
     rows: int = 256, progress=None, *, cache_bytes: int | None = None,
     seeds: list[list[int]] | None = None, logps: list | None = None,
 ) -> list[list[list[int]]]:  # fmt: skip
     """Sample responses: N token lists -> N lists of K token lists, with the stop token, if any.
 
+    There may be several stop tokens, or with None none: then every response is of max_new_tokens.
     `rows` of them decode together, or as many as have room in `cache_bytes`. A prompt is computed
     once and its cache copied to the rows of its K samples. Each response draws from a seed of its
     own, of `seeds` (N, K) or else of `generator`, so in float32 the text does not depend on the
@@ -328,7 +329,8 @@ def generate(
     shape = pool_shape(model.config, min(rows, N * K), size, cache_bytes, parameter.dtype)
     cache = KVCache(model.config, *shape, parameter.device, parameter.dtype)
     record = logps is not None
-    pool = Pool(model, cache, rows, max_new_tokens, stop_token, temperature, top_p, record)
+    stop = (stop_token,) if isinstance(stop_token, int) else stop_token or ()
+    pool = Pool(model, cache, rows, max_new_tokens, stop, temperature, top_p, record)
 
     waiting = prefilled(model, responses)
     while pool.finished < N * K:

@@ -241,7 +241,7 @@ class JudgeConfig:
     from_scratch: bool = setting(False, "take only the backbone's shape, not its weights")
     scalar: bool = setting(True, "scalar head (Bradley–Terry part)")
     cyclic: int = setting(2, "k: size of the cyclic head is 2k; 0 for none", low=0)
-    template: str = setting("mistral", "how prompt and response are joined", choices=TEMPLATES)
+    template: str = setting("chat", "how prompt and response are joined", choices=TEMPLATES)
     epochs: int = setting(2, "passes over the pairs", low=1)
     batch: int = setting(32, "pairs per optimizer step", low=1)
     lr: float = setting(3e-4, "peak learning rate, after a tenth of the steps", low=1e-12, high=1e3)

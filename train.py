@@ -76,9 +76,7 @@ class TrainConfig(RoundConfig):
     temperature: float = setting(1.0, "of sampling; log-ratios are untempered", low=0, high=1e6)
     top_p: float = setting(1.0, "nucleus of sampling", low=1e-9, high=1)
     template: str = setting(
-        "mistral",
-        "mistral: [INST] chat; plain: BOS, then the text to be continued",
-        choices=TEMPLATES,
+        "chat", "its own; mistral: v1; plain: text to continue", choices=TEMPLATES
     )
     reference: str = setting("", "checkpoint folder of μ (target regularized); unset: --policy")
     reference_every: int = setting(0, "rounds after which μ becomes π_t; 0: never", low=0)
@@ -115,6 +113,14 @@ PRESETS = {
         rounds=3, samples=5, select="best-worst", eta=1000.0,
         optimizer="rmsprop", lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=18, batch=64,
         micro_batch=1, temperature=1.0, top_p=1.0, max_new_tokens=2048, template="mistral",
+        dtype="bfloat16", judge_dtype="bfloat16", recompute=True, cache_gb=48,
+    ),
+    # Llama-3-8B-Instruct, the paper's second experiment. Its model card says 6 epochs, of which one
+    # was trained, and samples at temperature 0.9; generation_config.json has its two stop tokens.
+    "llama-3-8b": dict(
+        rounds=3, samples=5, select="best-worst", eta=1000.0,
+        optimizer="rmsprop", lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=6, batch=64,
+        micro_batch=1, temperature=0.9, top_p=1.0, max_new_tokens=4096, template="chat",
         dtype="bfloat16", judge_dtype="bfloat16", recompute=True, cache_gb=48,
     ),
 }  # fmt: skip
@@ -200,7 +206,7 @@ class TextGame(Game):
         seeds = draw_seeds(len(prompts), config.samples, self.generator(stage))
         responses = generate(
             self.policy, distributed.my_share(ids), config.samples, config.max_new_tokens,
-            self.tokenizer.eos, config.temperature, config.top_p, rows=config.pool,
+            self.tokenizer.stop, config.temperature, config.top_p, rows=config.pool,
             progress=self.progress, cache_bytes=config.cache_bytes,
             seeds=distributed.my_share(seeds),
         )  # fmt: skip
@@ -369,7 +375,7 @@ def run(config: TrainConfig) -> list[dict]:
         # again.
         game = TextGame(config, policy, tokenizer, judge, number, opponents)
         result = sppo_round(RecordedGame(game, metrics), part, config, game.generator(1))
-        metrics.finish_round(number, result["steps"], summary(number, result, tokenizer.eos))
+        metrics.finish_round(number, result["steps"], summary(number, result, tokenizer.stop))
 
         if distributed.is_main():
             seconds = time.monotonic() - start
@@ -385,10 +391,10 @@ def run(config: TrainConfig) -> list[dict]:
     return metrics.lines
 
 
-def summary(number: int, result: dict, stop_token: int) -> dict:
+def summary(number: int, result: dict, stop: tuple) -> dict:
     """One line a round. The mean of the win rates is ½, so only their spread is informative."""
     responses = [response for row in result["responses"] for response in row]
-    stopped = [response[-1] == stop_token for response in responses]
+    stopped = [response[-1] in stop for response in responses]
     return {
         "round": number,
         "best_win_rate": result["win_rate"].amax(-1).mean().item(),

@@ -124,7 +124,7 @@ class Sampler:
             load_weights(self.policy, self.folders[index])
 
         ids = [prompt.ids for prompt in prompts]
-        end = (args.max_new_tokens, self.tokenizer.eos)
+        end = (args.max_new_tokens, self.tokenizer.stop)
         how = (args.temperature, args.top_p, generator, args.pool, progress)
         return generate(self.policy, ids, samples, *end, *how)
 
@@ -481,7 +481,7 @@ class Sampling:
     max_new_tokens: int = setting(512, "longest response", low=1)
     temperature: float = setting(1.0, "of sampling; 0 is greedy", low=0, high=1e6)
     top_p: float = setting(1.0, "nucleus of sampling", low=1e-9, high=1)
-    template: str = setting("mistral", "how a prompt becomes tokens", choices=TEMPLATES)
+    template: str = setting("chat", "how a prompt becomes tokens", choices=TEMPLATES)
     pool: int = setting(256, "rows that decode together", low=1)
     seed: int = setting(0, "random seed", low=0)
     device: str = setting("cpu", "a torch device")

@@ -176,7 +176,7 @@ def test_missing_tokenizer_config_is_named(small):
     [
         ({"bos_token": "<s>"}, "eos_token is None, expected a token of tokenizer.json"),
         ({"bos_token": "<s>", "eos_token": "<|im_end|>"}, r"eos_token is '<\|im_end\|>', expected a token"),
-        ({"bos_token": None, "eos_token": "</s>"}, "bos_token is None"),
+        ({"bos_token": "<bos>", "eos_token": "</s>"}, "bos_token is '<bos>', expected a token"),
     ],
 )
 def test_a_special_token_that_the_tokenizer_lacks_is_named(small, config, message):

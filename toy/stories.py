@@ -173,7 +173,7 @@ def sample_policies(config: TrainConfig, tokenizer: Tokenizer) -> tuple[list, Te
         # Policy t is the one that round t starts from: the first is the base policy.
         policy = Transformer.from_pretrained(policy_folder(config, number))
         responses = generate(
-            policy, prompts, config.samples, MAX_NEW_TOKENS, tokenizer.eos, generator=generator,
+            policy, prompts, config.samples, MAX_NEW_TOKENS, tokenizer.stop, generator=generator,
             rows=config.pool,
         )  # fmt: skip
 
