@@ -317,7 +317,9 @@ def generate(
     context = model.config.max_position_embeddings
     size = max(map(len, prompts), default=0) + max_new_tokens
     if size > context:
-        raise ValueError(f"prompt and response of {size} tokens exceed the context of {context}")
+        number = max(range(N), key=lambda n: len(prompts[n])) + 1
+        both = f"prompt {number} and a response of up to {max_new_tokens} tokens have {size}"
+        raise ValueError(f"{both}, more than the model's context of {context}")
     if seeds is None:
         seeds = draw_seeds(N, K, generator)
     if any(len(row) != K for row in seeds):

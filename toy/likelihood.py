@@ -57,7 +57,7 @@ from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
 from engine.files import remove, write_json, write_lines
 from judges.base import Judge
 from model import Transformer, initialize
-from sppo import PAIR_LOSSES, Regression, best_and_worst, row_losses, sppo_target, win_rates
+from sppo import Regression, best_and_worst, row_losses, sppo_target, win_rates
 from toy.lab import script
 from toy.text_game import (
     ENDINGS,
@@ -71,7 +71,7 @@ from toy.text_game import (
 )
 from train import TextGame, TrainConfig, load, run
 
-LOSSES = ("sppo", *PAIR_LOSSES)
+LOSSES = ("sppo", "sppo-hard", "dpo", "ipo")
 STYLES = {"chosen": "-", "rejected": "--"}
 # "right" is the best and the worst of the right responses.
 PAIRS = {"any": "best and worst of 16", "right": "only the ending differs"}
