@@ -20,7 +20,7 @@ toys: .venv/ready  ## every figure of the laboratory, and its numbers, under out
 test: .venv/ready-dev  ## lint and format, then every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 bench: .venv/ready-dev  ## ours beside transformers and TRL: 20 minutes on two cores that do nothing else
 	$(BIN)/python benchmarks/side_by_side.py
