@@ -14,7 +14,6 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from engine.chat_template import ChatTemplate
 from engine.files import read_json, read_lines
 
 TEMPLATES = ("chat", "mistral", "plain")
@@ -86,8 +85,10 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     @functools.cached_property
-    def chat_template(self) -> ChatTemplate:
+    def chat_template(self):
         """The checkpoint's own; ValueError if it has none."""
+        from engine.chat_template import ChatTemplate  # late: jinja2 takes time to import
+
         return ChatTemplate(self.folder, self.backend, self.config)
 
     def conversation_ids(
