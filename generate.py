@@ -303,7 +303,7 @@ def generate(
 ) -> list[list[list[int]]]:  # fmt: skip
     """Sample responses: N token lists -> N lists of K token lists, with the stop token, if any.
 
-    There may be several stop tokens, or with None none: then every response is of max_new_tokens.
+    There may be several stop tokens, or None: every response then has max_new_tokens tokens.
     `rows` of them decode together, or as many as have room in `cache_bytes`. A prompt is computed
     once and its cache copied to the rows of its K samples. Each response draws from a seed of its
     own, of `seeds` (N, K) or else of `generator`, so in float32 the text does not depend on the
@@ -347,3 +347,29 @@ def generate(
     if record:
         logps += [[response.logps for response in row] for row in responses]
     return [[response.tokens for response in row] for row in responses]
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module, prompt: list[int], max_new_tokens: int, stop_tokens: tuple[int, ...],
+    temperature: float = 1.0, top_p: float = 1.0, generator=None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield the tokens that `generate` returns for one response, each as soon as it is sampled."""
+    size = len(prompt) + max_new_tokens
+    context = model.config.max_position_embeddings
+    if size > context:
+        raise ValueError(f"prompt and response of {size} tokens exceed the context of {context}")
+
+    [[seed]] = draw_seeds(1, 1, generator)
+    response = Response(prompt, seed)
+    parameter = next(model.parameters())
+    shape = pool_shape(model.config, 1, size, None, parameter.dtype)
+    cache = KVCache(model.config, *shape, parameter.device, parameter.dtype)
+    pool = Pool(model, cache, 1, max_new_tokens, stop_tokens, temperature, top_p, record=False)
+
+    pool.refill(prefilled(model, [[response]]))
+    pool.compact()
+    yield response.tokens[-1]
+    while not pool.finished:
+        pool.step()
+        yield response.tokens[-1]

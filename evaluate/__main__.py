@@ -10,6 +10,8 @@
         one checkpoint with the mean of the rounds' weights
     python -m evaluate distill RUN --prompts FILE --out DIR
         one checkpoint trained on samples of the rounds' mixture
+    python -m evaluate chat --policy P
+        talk to a policy; with --against Q to two at once, and pick blind, see chat.py
     python -m evaluate judge --judge SPEC --pairs FILE --out DIR
         what a judge is worth on labelled pairs, see judge_report.py
     python -m evaluate lc --annotations FILE
@@ -51,6 +53,7 @@ from engine.figures import new_figure, write_figure
 from engine.files import atomic_write, read_json, require_empty, write_json
 from engine.run_folder import round_policies
 from evaluate import judge_report
+from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
 from generate import generate
 from judges.base import judge_in_batches
@@ -410,7 +413,9 @@ def average(args: Namespace) -> None:
 
 
 def distill(args: Namespace) -> None:
-    """Fit one model to samples of the mixture by maximum likelihood, from the last round's on."""
+    """Fit one model to samples of the mixture by maximum likelihood, starting from the last round's
+    weights.
+    """
     require_empty(args.out)
     prompts = read_prompts(args.prompts)
     generator = generator_of(args)
@@ -526,6 +531,7 @@ def command_line() -> argparse.ArgumentParser:
     add_winrate(commands)
     add_average(commands)
     add_distill(commands)
+    add_chat(commands)
     add_judge(commands)
     add_lc(commands)
     return parser
@@ -570,6 +576,20 @@ def add_distill(commands) -> None:
     command.add_argument("run_folder", metavar="RUN")
     command.add_argument("--out", required=True, help="folder for the checkpoint")
     add_sampling(command, Distill)
+
+
+def add_chat(commands) -> None:
+    command = commands.add_parser("chat", help="talk to a policy, or to two at once")
+    command.set_defaults(run=chat)
+    policy = "checkpoint folder, or the folder of a run: each answer is a random round's"
+    command.add_argument("--policy", required=True, help=policy)
+    command.add_argument("--against", help="a second policy, which answers every message too")
+    pairs = "JSON lines to which each pick is added: prompt, chosen, rejected, probability"
+    command.add_argument("--pairs", help=pairs)
+
+    # One answer at a time needs no pool.
+    spoken = ("max_new_tokens", "temperature", "top_p", "template", "seed", "device", "dtype")
+    add_flags(command, Sampling, spoken)
 
 
 def add_judge(commands) -> None:
