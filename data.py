@@ -145,7 +145,7 @@ class Tokenizer:
         if template != "plain":
             return self.decode(response_ids)
 
-        # Decoding strips a leading space, so the response is decoded where it stands.
+        # Decoding strips a leading space, so the response is decoded together with the prompt.
         prefix = self.decode(prompt_ids)
         return self.decode(prompt_ids + response_ids).removeprefix(prefix)
 

@@ -32,7 +32,7 @@ QWEN3 = QWEN2 | dict(head_dim=128)
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes a model_type. A new family is a line in FAMILIES, and what it computes."""
+    """What distinguishes a model_type. A new family is a line in FAMILIES."""
 
     architecture: str  # its name in transformers
     defaults: dict

@@ -5,7 +5,7 @@
 
 It takes the flags of train.py, and --gpus and --gpu. Weights are counted on the meta device, which
 has shapes and no memory: of policy and judge only config.json is read, and the tokenizers if they
-are there. What cannot be known beforehand stands in ASSUMED and is printed with the plan.
+are there. What cannot be known beforehand is listed in ASSUMED and is printed with the plan.
 
 One GPU trains the weights that it holds, in --dtype, bfloat16 with stochastic rounding. Of several,
 each holds a copy to sample, judge and score with, and to fit also its shard of float32 weights,
@@ -416,7 +416,7 @@ assumed, not measured: decoding at {bandwidth:.0%} of the bandwidth, \
     of the peak operations prefill {prefill:.0%}, judge {judge:.0%}, score {score:.0%}, \
 fit {fit:.0%}; logits of {chunk:,} positions and activations of one layer at a time;
     an optimizer that needs no memory beyond its state, \
-and communication that hides behind computing"""
+and communication that overlaps with computing"""
 
 
 def describe(result: dict) -> list[str]:

@@ -218,7 +218,7 @@ def evaluate_pairs(judge: PreferenceModel, pairs: list[dict], batch: int) -> dic
 def split_pairs(pairs: list[dict], share: float, generator: torch.Generator) -> list[list[dict]]:
     """[training pairs, held-out pairs]: about `share` of the prompts is held out, each whole."""
     if not 0 <= share < 1:
-        raise ValueError(f"--held-out is {share}, expected a share from 0 to 1")
+        raise ValueError(f"--held-out is {share}, expected at least 0 and less than 1")
     prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
     order = torch.randperm(len(prompts), generator=generator).tolist()
     apart = {prompts[i] for i in order[: round(share * len(prompts))]}
@@ -258,7 +258,7 @@ def train(args: argparse.Namespace) -> None:
     check_device(args.device)
     require_empty(args.out)  # before hours of training, not after
     if args.patience and not args.held_out:
-        raise ValueError("--patience needs --held-out: there is nothing to be patient about")
+        raise ValueError("--patience needs --held-out: there is no held-out loss to watch")
 
     # One generator draws everything: the held-out prompts, the heads, the order of the pairs.
     generator = torch.Generator().manual_seed(args.seed)
@@ -297,7 +297,7 @@ def learning_curves(steps: list[dict]):
         seen = [row["pairs_seen"] for row in rows]
         if rows:
             axes.plot(seen, [row[key] for row in rows], look, color=colour, label=name)
-    axes.axhline(0.6931, color=GREY, linewidth=0.8, linestyle="--", label="a coin")
+    axes.axhline(0.6931, color=GREY, linewidth=0.8, linestyle="--", label="chance")
     axes.set(xlabel="pairs seen", ylabel="cross-entropy (nats a pair)", ylim=(0, None))
     axes.set_title("Training of the judge")
     axes.legend(frameon=False)

@@ -54,7 +54,7 @@ def _refuse(wrong: Tensor, value: Tensor, message: str) -> None:
 
 
 def centred(win_rate: Tensor) -> Tensor:
-    """(N, K) moved by a constant a prompt so that their mean is ½."""
+    """(N, K) shifted, prompt by prompt, so that the mean is ½."""
     return win_rate - win_rate.mean(-1, keepdim=True) + 0.5
 
 
@@ -196,30 +196,32 @@ TARGETS = ("sppo", "normalized", "optimistic", "regularized")
 def setting(default, help: str, **limits):
     """A field of a settings class: its default, its help text, and limits.
 
-    `low` and `high` are the range, `choices` the values there are, `free` says that it may change
-    when a run is continued.
+    `low` and `high` are the range, `choices` the allowed values; `free`: it may change when a run
+    is continued.
     """
     return field(default=default, metadata={"help": help} | limits)
 
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """How a round learns. The defaults are the paper's Mistral-7B experiment (§5.1)."""
+    """How a round learns; η, batch and learning rate default to the paper's Mistral-7B (§5.1)."""
 
-    eta: float = setting(1000.0, "nats of log-ratio per unit of win rate", low=1e-9, high=1e9)
+    eta: float = setting(1000.0, "step size η: log-ratio per unit of win rate", low=1e-9, high=1e9)
     loss: str = setting("sppo", "sppo, or an iterative baseline", choices=("sppo", *PAIR_LOSSES))
-    target: str = setting("sppo", "what sppo regresses on", choices=TARGETS)
-    tau: float = setting(0.01, "of target regularized: weight of the KL to μ", low=0, high=1e9)
-    select: str = setting("best-worst", "responses to train on", choices=("best-worst", "all"))
+    target: str = setting("sppo", "what sppo regresses on; see docs/runs.md", choices=TARGETS)
+    tau: float = setting(0.01, "KL weight τ (only --target regularized)", low=0, high=1e9)
+    select: str = setting("best-worst", "winner and loser, or all K", choices=("best-worst", "all"))
     epochs: int = setting(1, "passes over the round's prompts", low=1)
-    schedule_epochs: int | None = setting(None, "that --lr is laid out for; unset: epochs", low=1)
+    schedule_epochs: int | None = setting(
+        None, "that the lr schedule spans; unset: --epochs", low=1
+    )
     batch: int = setting(64, "prompts per optimizer step", low=1)
-    micro_batch: int = setting(8, "prompts per forward pass, gradients add up", low=1, free=True)
-    micro_tokens: int = setting(0, "tokens instead of prompts, padding included", low=0, free=True)
+    micro_batch: int = setting(8, "prompts per forward pass; saves memory", low=1, free=True)
+    micro_tokens: int = setting(0, "token limit per pass, not prompts; 0: off", low=0, free=True)
     optimizer: str = setting("rmsprop", "without weight decay", choices=("rmsprop", "adamw"))
     lr: float = setting(5e-7, "peak learning rate", low=1e-12, high=1e3)
-    warmup: float = setting(0.1, "share of the schedule in which lr rises", low=0, high=1)
-    clip: float = setting(1.0, "largest gradient norm", low=1e-12, high=1e12)
+    warmup: float = setting(0.1, "fraction of the schedule in which lr rises", low=0, high=1)
+    clip: float = setting(1.0, "clip gradients to this norm", low=1e-12, high=1e12)
 
 
 # ------------------------------------------------------------------------ the game
@@ -332,7 +334,7 @@ def fit(game: Game, data: Regression, config: RoundConfig, generator: Generator,
             log_ratio = logp - data.logp[part]
             loss = row_losses(log_ratio, data.target[part], config)
             (weight * loss.mean() * len(part) / len(batch)).backward()
-            if weight:  # without weight a process only keeps the others company
+            if weight:  # 0: a repeated part that only keeps several processes in step
                 order += part
                 losses.append(loss.detach())
                 log_ratios.append(log_ratio.detach())

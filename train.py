@@ -3,7 +3,7 @@
     python train.py --policy DIR --judge DIR --prompts FILE --out RUN                your own run
     python train.py --preset mistral-7b --policy DIR --judge DIR --prompts FILE --out RUN
 
-What a round does stands in sppo.py, `sppo_round`. This file gives it a `TextGame` made of a policy,
+A round is `sppo_round` in sppo.py. This file gives it a `TextGame` made of a policy,
 a judge and a tokenizer, inside a `RecordedGame` (engine/run_folder.py) that keeps every finished
 stage in RUN/round-01/, ... A run that was stopped, killed even, continues after its last finished
 stage when the same command is given again, to the same numbers.
@@ -64,34 +64,34 @@ from sppo import (
 class TrainConfig(RoundConfig):
     """Every setting of a run, those of its rounds included. Each is a flag of the command line."""
 
-    policy: str = setting("", "checkpoint folder of π_1, Hugging Face layout")
-    judge: str = setting("", "checkpoint folder of a judge, module:function, ... (judges/load.py)")
-    prompts: str = setting("", "JSON lines with `prompt` or `messages`")
-    out: str = setting("", "run folder")
-    rounds: int = setting(3, "T", low=1)
+    policy: str = setting("", "folder of the model to start from, π_1 (required)")
+    judge: str = setting("", "folder, module:function, human:{...}, ... (required)")
+    prompts: str = setting("", "JSON lines with `prompt` or `messages` (required)")
+    out: str = setting("", "run folder, new or to be continued (required)")
+    rounds: int = setting(3, "number of rounds T", low=1)
     samples: int = setting(5, "K responses per prompt", low=2)
-    opponents: str = setting("", "outputs file: counts in the win rates, is never trained on")
-    reuse_prompts: bool = setting(False, "every round sees all prompts; otherwise they are split")
+    opponents: str = setting("", "file of outside responses, only compared with")
+    reuse_prompts: bool = setting(False, "all prompts in every round, not split over them")
     max_new_tokens: int = setting(512, "longest response, in tokens", low=1)
-    temperature: float = setting(1.0, "of sampling; log-ratios are untempered", low=0, high=1e6)
-    top_p: float = setting(1.0, "nucleus of sampling", low=1e-9, high=1)
+    temperature: float = setting(1.0, "of sampling; 0: greedy", low=0, high=1e6)
+    top_p: float = setting(1.0, "nucleus sampling: probability mass kept", low=1e-9, high=1)
     template: str = setting(
-        "chat", "its own; mistral: v1; plain: text to continue", choices=TEMPLATES
+        "chat", "chat: the model's own; mistral: v1; plain: none", choices=TEMPLATES
     )
-    reference: str = setting("", "checkpoint folder of μ (target regularized); unset: --policy")
-    reference_every: int = setting(0, "rounds after which μ becomes π_t; 0: never", low=0)
-    pool: int = setting(256, "rows that decode together, at most", low=1, free=True)
+    reference: str = setting("", "folder of μ (target regularized); unset: --policy")
+    reference_every: int = setting(0, "rounds between updates of μ; 0: never", low=0)
+    pool: int = setting(256, "responses sampled at the same time, at most", low=1, free=True)
     cache_gb: float = setting(
-        0.0, "of their keys and values; 0: no limit", low=0, high=1e6, free=True
+        0.0, "GB of their key/value cache; 0: no limit", low=0, high=1e6, free=True
     )
-    recompute: bool = setting(
-        False, "save memory: run layers again in the backward pass", free=True
+    recompute: bool = setting(False, "recompute activations: less memory, slower", free=True)
+    save_minutes: float = setting(
+        10.0, "minutes between saves of a fit; inf: never", low=0, free=True
     )
-    save_minutes: float = setting(10.0, "how often an unfinished fit is saved", low=0, free=True)
     seed: int = setting(0, "random seed", low=0)
-    device: str = setting("cpu", "a torch device", free=True)
+    device: str = setting("cpu", "torch device, cuda for example", free=True)
     dtype: str = setting("float32", "of the policy's weights", choices=tuple(DTYPES))
-    judge_dtype: str | None = setting(None, "unset: as in its checkpoint", choices=tuple(DTYPES))
+    judge_dtype: str | None = setting(None, "unset: that of its checkpoint", choices=tuple(DTYPES))
 
     @property
     def cache_bytes(self) -> int | None:
@@ -105,7 +105,7 @@ PRESETS = {
         optimizer="adamw", lr=3e-4, warmup=0.0, epochs=3, batch=25, micro_batch=25,
         max_new_tokens=4, template="plain", pool=1600,
     ),
-    # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimiser and micro-batch
+    # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimizer and micro-batch
     # are those of the authors' code (uclaml/SPPO), as are 2048 new tokens (scripts/generate.sh).
     # Sampling is the paper's 1.0 / 1.0. Weights are bfloat16 with stochastic rounding
     # (engine/optim.py): rounded to the nearest, steps of 5e-7 would be lost.
@@ -154,7 +154,7 @@ def check(config: TrainConfig) -> None:
     """Reject invalid or contradictory settings before anything is loaded."""
     for name in ("policy", "judge", "prompts", "out"):
         if not getattr(config, name):
-            raise ValueError(f"--{name} is missing (or name a --preset that sets it)")
+            raise ValueError(f"--{name} is missing")
     check_settings(config, TrainConfig)
 
     epochs = config.epochs
@@ -261,7 +261,7 @@ class TextGame(Game):
 
         K = config.samples
         both = [new + old for new, old in zip(responses, earlier, strict=True)]
-        rate = self.judge(prompts, both)[:, :K, K:].mean(-1)  # of (N, 2K, 2K)
+        rate = self.judge(prompts, both)[:, :K, K:].mean(-1)  # of (N, 2K, 2K), or 2K + M
         return centred(rate) if self.opponents else rate
 
     def reference(self, prompts, responses):
@@ -423,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             run(config)
         except RuntimeError as error:
-            # Who waits for a process that was killed gets this from gloo or NCCL.
+            # gloo and NCCL raise this in processes that wait for one that was killed.
             if not distributed.lost(error):
                 raise
             raise ConnectionError(f"another process of this run is gone; {continues}") from None

@@ -1,8 +1,7 @@
-"""Commands: flags out of a settings class, one check of their ranges, and one sentence with exit
-code 2 when it cannot go on.
+"""Commands: flags from a settings class, one check of their ranges, errors in one sentence.
 
 A settings class is a dataclass whose fields are made by `setting`: name, type, default, help,
-choices and range of a flag stand in that one line, and nowhere else.
+choices and range of a flag are declared on that one line, and nowhere else.
 """
 
 import argparse
@@ -34,7 +33,7 @@ def add_flags(
         if only and field.name not in only:
             continue
 
-        # Where flags are absent unless given, a default would hide that somebody else has a say.
+        # Where only given flags count, argparse must not fill in defaults: a preset may set them.
         default = defaults.get(field.name, field.default)
         options = {"help": described(field, default)}
         if parser.argument_default is not argparse.SUPPRESS:
@@ -71,8 +70,8 @@ def check_settings(values, settings: type) -> None:
 
 
 def exit_code(name: str, work: Callable[[], object], stopped: str = "stopped") -> int:
-    """Call `work`. 0; or 2 where something that a user gave was wrong or a file failed; or 130
-    after Ctrl-C.
+    """Call `work`. 0; or 2 where the user's input was wrong or a file could not be read or written;
+    or 130 after Ctrl-C.
     """
     # Anything else is a mistake of ours, and keeps its traceback.
     try:

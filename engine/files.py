@@ -129,5 +129,5 @@ def append_line(path: str | Path, row: dict) -> None:
             print(json.dumps(row), file=file)
     except OSError as error:
         raise OSError(
-            f"{path}: could not be written: {error}; finished stages are untouched"
+            f"{path}: could not be written: {error}; what was written before is untouched"
         ) from error

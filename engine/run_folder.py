@@ -68,7 +68,7 @@ def round_policies(run: str | Path) -> list[Path]:
 def claim(out: str | Path, settings: dict, defaults: dict, free: set) -> None:
     """Write config.json into a new run folder, or compare the settings with those of an old one.
 
-    `defaults` stand for settings that are younger than the run; those in `free` may differ.
+    `defaults` are for settings added since the run was started; those in `free` may differ.
     ValueError names the first setting that differs.
     """
     path = Path(out) / "config.json"
@@ -88,8 +88,8 @@ def claim(out: str | Path, settings: dict, defaults: dict, free: set) -> None:
 class Metrics:
     """metrics.jsonl: a line for each optimizer step as it is made, and a line for each round.
 
-    A step that a killed process had told, but not saved, is told twice; after its round the file is
-    written anew.
+    A step that was logged but not saved before a kill appears twice, until the file is written anew
+    at the end of its round.
     """
 
     def __init__(self, path: Path):
@@ -128,7 +128,7 @@ def together(path: str | Path) -> Iterator[Path]:
 
 OOM_ADVICE = {  # the flag to lower, per stage
     "responses": "lower --pool or --cache-gb",
-    "preferences": "judge with a smaller model, or on another --device",
+    "preferences": "judge with a smaller model, or lower --max-new-tokens",
     "policy": "lower --micro-tokens or --micro-batch, or add --recompute",
 }
 
@@ -220,8 +220,8 @@ class RecordedGame:
             load_weights(self.game.policy, path)
             steps = [row for _, row in read_lines(path / "steps.jsonl")]
         else:
-            # Several processes train the policy in shards. Afterwards each one's whole copy takes
-            # up what they have left in the checkpoint.
+            # Several processes train the policy in shards. Afterwards each one reloads its whole
+            # copy from the new checkpoint.
             with in_shards(self.game, path) if world_size() > 1 else nullcontext():
                 steps = self.play_fit(path, saver, data, config, generator)
 
@@ -246,9 +246,7 @@ class RecordedGame:
 
     @contextmanager
     def stage(self, name: str, items: int, unit: str = "prompt"):
-        """The bar of a stage that is being played, which the game moves; a sentence if memory runs
-        out; a line of timings.
-        """
+        """Show a progress bar, turn running out of memory into advice, and note the time."""
         start = time.perf_counter()
         title = f"round {self.game.number}/{self.config.rounds} {name}"
         with tqdm(total=items, unit=unit, desc=title, leave=False, disable=not is_main()) as bar:
@@ -338,6 +336,7 @@ class Saver:
         self.seconds = 60 * minutes
         self.last = time.monotonic()
         self.game = game
+        self.optimizer = None  # set by resume, which a fit begins with
         self.steps = []  # the numbers of the steps done
 
     def kept(self) -> list[Path]:
@@ -407,7 +406,7 @@ class Saver:
         self.last = time.monotonic()
 
     def forget(self) -> None:
-        """The fit is done: what was kept of it goes."""
+        """Delete the saved state of a finished fit."""
         delete(self.kept())
 
 

@@ -69,7 +69,7 @@ class Human(Judge):
         return rows
 
     def vote(self, prompt: str, first: str, second: str, place: str) -> None:
-        """Ask for one pair, until the answer is one, and write it down."""
+        """Ask about a pair until the answer is valid, and write it down."""
         question = f"\n[{place}] {prompt}\n\n  (1) {first}\n\n  (2) {second}\n\n"
         question += "Which is better? 1, 2, or 0 for a tie: "
         try:

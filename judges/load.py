@@ -1,4 +1,4 @@
-"""A word of the command line -> a judge.
+"""Build a judge from the value of --judge.
 
     DIR                                   a judge of `prefmodel.py train`, or a PairRM checkpoint
     module:function  or  module:Class     a rule, an API: (prompt, responses) -> K × K numbers

@@ -37,6 +37,7 @@ NOT_RUN = {  # the beginning of a command: why no test runs it
     "make map": "it edits the pages; tests/test_readme.py compares the same lines",
     "source .venv/bin/activate": "the tests already run inside of it",
     "python -m pytest": "it is what runs this",
+    "pip install pre-commit": "it installs from the package registry",
     "pre-commit": "it clones the hooks from GitHub",
     "python -m toy.rps": "under a minute; tests/test_rps.py",
     "python -m toy.tabular": "under a minute; tests/test_tabular.py",

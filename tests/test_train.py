@@ -175,7 +175,7 @@ def test_learning_raises_what_the_judge_prefers(world, tmp_path):
 
 @pytest.mark.parametrize(("every", "moved"), [(0, [False, True, True]), (1, [False] * 3), (2, [False, True, False])])
 def test_the_reference_is_the_first_policy_or_a_later_one(world, tmp_path, every, moved):
-    """log μ equals log π_t in the rounds that begin with μ = π_t: the first, and every so many behind it."""
+    """log μ equals log π_t in the rounds that begin with μ = π_t: the first, and every so many after it."""
     run(world, tmp_path / "run", target="regularized", rounds=3, reference_every=every)
     folders = [tmp_path / f"run/round-0{number}" for number in (1, 2, 3)]
     pairs = [[load_file(folder / f"{name}.safetensors")[name] for name in ("logps", "reference")] for folder in folders]

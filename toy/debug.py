@@ -47,7 +47,7 @@ def build_debugging(world: str | Path) -> None:
     write_base_policy(world / "policy", model, 150, 64, generator)
 
     write_lines(world / "prompts.jsonl", [{"prompt": "3+4="}, {"prompt": "5+9="}])
-    # Last, as in the small world: where it stands, all is there.
+    # Last, as in the small world: a folder with it is complete.
     write_json(world / "world.json", {"seed": 0, "strengths": list(STRENGTHS), "quality": QUALITY})
 
 

@@ -203,7 +203,7 @@ def draw_pairs(count: int, strengths: tuple, generator) -> list[dict]:
 def build(world: str | Path, seed: int = 0, strengths=STRENGTHS, pairs: int = 40_000) -> None:
     """Write a world's folder: policy/, judge/, prompts.jsonl, pairs.jsonl and world.json.
 
-    world.json comes last: where it stands, all is there. FileExistsError if it stands already.
+    world.json comes last: a folder with it is complete. FileExistsError if it is there already.
     """
     world = Path(world)
     if (world / "world.json").exists():
