@@ -294,6 +294,18 @@ def prefilled(model: nn.Module, responses: list[list[Response]]):
                 yield prefix, response
 
 
+def positions_needed(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> int:
+    """Of the longest row. ValueError names a prompt that is too long for the model's context."""
+    lengths = [len(prompt) for prompt in prompts]
+    size = max(lengths, default=0) + max_new_tokens
+    context = model.config.max_position_embeddings
+    if size > context:
+        number = lengths.index(max(lengths)) + 1
+        both = f"prompt {number} and a response of up to {max_new_tokens} tokens have {size}"
+        raise ValueError(f"{both}, more than the model's context of {context}")
+    return size
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, prompts: list[list[int]], samples_per_prompt: int, max_new_tokens: int,
@@ -314,12 +326,7 @@ def generate(
     """
     N = len(prompts)
     K = samples_per_prompt
-    context = model.config.max_position_embeddings
-    size = max(map(len, prompts), default=0) + max_new_tokens
-    if size > context:
-        number = max(range(N), key=lambda n: len(prompts[n])) + 1
-        both = f"prompt {number} and a response of up to {max_new_tokens} tokens have {size}"
-        raise ValueError(f"{both}, more than the model's context of {context}")
+    size = positions_needed(model, prompts, max_new_tokens)
     if seeds is None:
         seeds = draw_seeds(N, K, generator)
     if any(len(row) != K for row in seeds):
@@ -347,29 +354,3 @@ def generate(
     if record:
         logps += [[response.logps for response in row] for row in responses]
     return [[response.tokens for response in row] for row in responses]
-
-
-@torch.no_grad()
-def stream(
-    model: nn.Module, prompt: list[int], max_new_tokens: int, stop_tokens: tuple[int, ...],
-    temperature: float = 1.0, top_p: float = 1.0, generator=None,
-) -> Iterator[int]:  # fmt: skip
-    """Yield the tokens that `generate` returns for one response, each as soon as it is sampled."""
-    size = len(prompt) + max_new_tokens
-    context = model.config.max_position_embeddings
-    if size > context:
-        raise ValueError(f"prompt and response of {size} tokens exceed the context of {context}")
-
-    [[seed]] = draw_seeds(1, 1, generator)
-    response = Response(prompt, seed)
-    parameter = next(model.parameters())
-    shape = pool_shape(model.config, 1, size, None, parameter.dtype)
-    cache = KVCache(model.config, *shape, parameter.device, parameter.dtype)
-    pool = Pool(model, cache, 1, max_new_tokens, stop_tokens, temperature, top_p, record=False)
-
-    pool.refill(prefilled(model, [[response]]))
-    pool.compact()
-    yield response.tokens[-1]
-    while not pool.finished:
-        pool.step()
-        yield response.tokens[-1]

@@ -10,17 +10,18 @@ conversation of both, and with --pairs it is kept as a pair, for `python prefmod
 
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data import Tokenizer, prompt_text, read_pairs, text_field
 from engine.checkpoint import load_weights
 from engine.files import read_lines, write_lines
 from engine.run_folder import round_policies
-from generate import stream
+from generate import KVCache, Pool, Response, draw_seeds, pool_shape, positions_needed, prefilled
 from model import Transformer
 
 HELP = "/new starts again, /quit or Ctrl-D ends, Ctrl-C stops an answer.\n"
@@ -37,6 +38,28 @@ def escaped(text: str) -> str:
 
 
 # ------------------------------------------------------------------------ answers
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module, prompt: list[int], max_new_tokens: int, stop_tokens: tuple[int, ...],
+    temperature: float = 1.0, top_p: float = 1.0, generator=None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield the tokens that `generate` returns for one response, each as soon as it is sampled."""
+    size = positions_needed(model, [prompt], max_new_tokens)
+    [[seed]] = draw_seeds(1, 1, generator)
+    response = Response(prompt, seed)
+    parameter = next(model.parameters())
+    shape = pool_shape(model.config, 1, size, None, parameter.dtype)
+    cache = KVCache(model.config, *shape, parameter.device, parameter.dtype)
+    pool = Pool(model, cache, 1, max_new_tokens, stop_tokens, temperature, top_p, record=False)
+
+    pool.refill(prefilled(model, [[response]]))
+    pool.compact()
+    yield response.tokens[-1]
+    while not pool.finished:
+        pool.step()
+        yield response.tokens[-1]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from data import Tokenizer, read_pairs
 from evaluate import __main__ as evaluate
 from evaluate import chat as chatting
-from evaluate.chat import Speaker, chat, escaped
-from generate import generate, stream
+from evaluate.chat import Speaker, chat, escaped, stream
+from generate import generate
 from model import Transformer, initialize
 from toy.debug import build_debugging
 
@@ -120,7 +120,7 @@ def test_a_token_is_there_before_the_next_is_computed(tiny_model):
 def test_a_stream_does_not_go_beyond_the_context():
     model = initialize(Transformer(tiny_config(max_position_embeddings=16)), seeded(0))
     assert len(list(stream(model, [1] * 6, 10, ()))) == 10
-    with pytest.raises(ValueError, match="of 17 tokens exceed the context of 16"):
+    with pytest.raises(ValueError, match="have 17, more than the model's context of 16"):
         list(stream(model, [1] * 6, 11, ()))
 
 
