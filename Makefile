@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo toys test bench map clean
+.PHONY: demo toys test bench map real clean
 
 demo: .venv/ready $(DEMO)/world/world.json  ## small world -> SPPO with a learned judge -> exact evaluation, figure
 	$(BIN)/python train.py --preset tiny --policy $(DEMO)/world/policy --judge $(DEMO)/world/judge \
@@ -28,6 +28,10 @@ bench: .venv/ready-dev  ## ours beside transformers and TRL: 20 minutes on two c
 map:  ## put the line numbers of the code that the pages quote right
 	$(PYTHON) tests/refresh_map.py
 
+real: .venv/ready-real  ## a real chat model, and preferences that a program can check
+	$(BIN)/python -m real.smollm2 --out out/smollm2
+	$(BIN)/python -m real.instructions
+
 clean:
 	rm -rf out .venv
 
@@ -38,4 +42,8 @@ clean:
 
 .venv/ready-dev: requirements-dev.txt .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv/ready-real: requirements-real.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-real.txt
 	@touch $@

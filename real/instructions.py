@@ -1,0 +1,127 @@
+"""SPPO on a real chat model, with preferences that a program can verify: obey what the prompt says.
+
+    python -m real.smollm2 --out out/smollm2
+    python -m real.instructions --policy out/smollm2 --out out/smollm2-instructions
+
+A prompt is a topic with one or two constraints, "Explain how bees make honey. Use at most 20
+words." (real/prompts.py, real/constraints.py); the judge is a rule over the texts of prompt and
+response (real/rule.py). The loop is train.py's, and so are the flags; their defaults here are a
+recipe for a model of 135M parameters. Then the base model, the policy of every round and the
+rounds' average are measured (real/measurement.py), on the training prompts, on held-out topics, and
+on held-out kinds of constraint.
+
+    OUT/prompts.jsonl, round-01/, ...     the training prompts, and the run, as train.py leaves it
+    OUT/measure/base.jsonl, ...           what each policy answered
+    OUT/measure.json, measure.png         the numbers and the figure
+    OUT/samples.md                        ten held-out prompts, with answers before and after
+
+Whenever it is stopped, the same command continues, to the same numbers.
+"""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from engine.command import add_flags, check_settings, exit_code
+from engine.files import read_lines, write_json, write_lines, write_text
+from real import measurement
+from real.prompts import SPLITS, draw_prompts
+from real.rule import level, preferences
+from sppo import setting
+from train import TrainConfig, check, run
+
+# bfloat16 weights are updated with stochastic rounding (engine/optim.py). Every round sees all the
+# prompts: they are few, and the policy that answers them is another one each time.
+RECIPE = dict(
+    policy="out/smollm2", judge="real.instructions:rule", out="out/smollm2-instructions",
+    rounds=4, samples=6, reuse_prompts=True, select="best-worst", eta=15.0,
+    optimizer="adamw", lr=6e-6, epochs=2, batch=8, micro_tokens=1024,
+    max_new_tokens=96, pool=192, save_minutes=2.0, dtype="bfloat16",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """What is drawn and measured; the flags that train.py does not have."""
+
+    training_prompts: int = setting(96, "prompts of a round", low=1, high=500)
+    held_out_prompts: int = setting(60, "of each held-out split", low=1, high=500)
+    measured: int = setting(2, "responses of each policy to each prompt", low=1)
+
+
+def rule(prompt: str, responses: list[str]) -> Tensor:
+    """The judge: `--judge real.instructions:rule`."""
+    return preferences([level(prompt, response) for response in responses])
+
+
+# ------------------------------------------------------------------------ the command
+
+
+def write_prompts(path: Path, prompts: list[str]) -> None:
+    """prompts.jsonl of a run. ValueError if it is there, and holds others."""
+    rows = [{"prompt": prompt} for prompt in prompts]
+    if path.exists() and [row for _, row in read_lines(path)] != rows:
+        differs = "holds other prompts than --training-prompts and --seed give"
+        raise ValueError(f"{path}: {differs}; choose another --out")
+    write_lines(path, rows)
+
+
+def play(config: TrainConfig, counts: PromptConfig) -> None:
+    """The whole command: prompts, rounds, numbers, figure and samples."""
+    begun = time.monotonic()
+    check(config)
+    check_settings(counts, PromptConfig)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes would measure the same: start it without torchrun")
+
+    # Before anything is written.
+    if not (Path(config.policy) / "config.json").is_file():
+        makes = "python -m real.smollm2 makes out/smollm2"
+        raise FileNotFoundError(f"--policy {config.policy}: not the folder of a model; {makes}")
+
+    # Drawn anew when a run is continued: they are a function of the seed.
+    out = Path(config.out)
+    sizes = [counts.training_prompts, counts.held_out_prompts, counts.held_out_prompts]
+    prompts = {split: draw_prompts(split, n, config.seed) for split, n in zip(SPLITS, sizes)}
+    write_prompts(Path(config.prompts), prompts["training"])
+    run(config)
+
+    records = measurement.ask_policies(config, prompts, counts.measured)
+    result = measurement.summarize(records)
+    write_json(out / "measure.json", result)
+    measurement.draw(result, out / "measure.png")
+    write_text(out / "samples.md", measurement.samples_page(records))
+    measurement.print_table(result)
+    minutes = (time.monotonic() - begun) / 60
+    print(f"\n{out}: measure.json, measure.png, samples.md; {minutes:.1f} minutes")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[TrainConfig, PromptConfig]:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+
+    # Every flag of train.py but --prompts, which this command writes.
+    names = [field.name for field in fields(TrainConfig)]
+    flags = tuple(name for name in names if name != "prompts")
+    add_flags(parser, TrainConfig, flags, **RECIPE)
+    add_flags(parser, PromptConfig)
+
+    given = vars(parser.parse_args(arguments))
+    given["prompts"] = str(Path(given["out"]) / "prompts.jsonl")
+    config = TrainConfig(**{name: given.pop(name) for name in names})
+    return config, PromptConfig(**given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config, counts = parse_arguments(arguments)
+    continues = f"the same command continues in {config.out}"
+    return exit_code("real.instructions", lambda: play(config, counts), f"stopped; {continues}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
