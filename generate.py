@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import pad
+from data import TEMPLATES, pad
 from engine.cuda_graph import Graph
+from sppo import setting
 
 PREFILL_TOKENS = 2048  # of prompts that are computed together, padding included
 
@@ -130,6 +131,21 @@ def invert_cumulative(weight: Tensor, uniform: Tensor) -> Tensor:
 def draw_seeds(prompts: int, samples: int, generator=None) -> list[list[int]]:
     """`prompts` lists of `samples` integers, one for each response."""
     return torch.randint(2**62, (prompts, samples), generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The settings of everything that samples: of a run, and of the commands that evaluate one."""
+
+    max_new_tokens: int = setting(512, "longest response, in tokens", low=1)
+    temperature: float = setting(1.0, "of sampling; 0: greedy", low=0, high=1e6)
+    top_p: float = setting(1.0, "nucleus sampling: probability mass kept", low=1e-9, high=1)
+    template: str = setting(
+        "chat", "chat: the model's own; mistral: v1; plain: none", choices=TEMPLATES
+    )
+    pool: int = setting(256, "responses sampled at the same time, at most", low=1, free=True)
+    seed: int = setting(0, "random seed", low=0)
+    device: str = setting("cpu", "torch device, cuda for example", free=True)
 
 
 # ------------------------------------------------------------------------ the pool

@@ -19,20 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (
-    TEMPLATES,
-    Prompt,
-    Tokenizer,
-    outputs_for,
-    pad_responses,
-    prepare_prompts,
-    read_prompts,
-)
+from data import Prompt, Tokenizer, outputs_for, pad_responses, prepare_prompts, read_prompts
 from engine import distributed
 from engine.checkpoint import DTYPES, check_device, load_weights
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import draw_curves
-from engine.optim import make_optimizer
+from engine.optim import rounding_optimizer
 from engine.run_folder import (
     Metrics,
     RecordedGame,
@@ -42,7 +34,7 @@ from engine.run_folder import (
     read_responses,
     round_folder,
 )
-from generate import draw_seeds, generate
+from generate import SamplingConfig, draw_seeds, generate
 from judges.base import judge_in_batches
 from judges.load import load_judge
 from model import ModelConfig, Transformer
@@ -61,7 +53,7 @@ from sppo import (
 
 
 @dataclass(frozen=True)
-class TrainConfig(RoundConfig):
+class TrainConfig(RoundConfig, SamplingConfig):
     """Every setting of a run, those of its rounds included. Each is a flag of the command line."""
 
     policy: str = setting("", "folder of the model to start from, π_1 (required)")
@@ -72,24 +64,15 @@ class TrainConfig(RoundConfig):
     samples: int = setting(5, "K responses per prompt", low=2)
     opponents: str = setting("", "file of outside responses, only compared with")
     reuse_prompts: bool = setting(False, "all prompts in every round, not split over them")
-    max_new_tokens: int = setting(512, "longest response, in tokens", low=1)
-    temperature: float = setting(1.0, "of sampling; 0: greedy", low=0, high=1e6)
-    top_p: float = setting(1.0, "nucleus sampling: probability mass kept", low=1e-9, high=1)
-    template: str = setting(
-        "chat", "chat: the model's own; mistral: v1; plain: none", choices=TEMPLATES
-    )
     reference: str = setting("", "folder of μ (target regularized); unset: --policy")
     reference_every: int = setting(0, "rounds between updates of μ; 0: never", low=0)
-    pool: int = setting(256, "responses sampled at the same time, at most", low=1, free=True)
     cache_gb: float = setting(
-        0.0, "GB of their key/value cache; 0: no limit", low=0, high=1e6, free=True
+        0.0, "GB of the key/value cache; 0: no limit", low=0, high=1e6, free=True
     )
     recompute: bool = setting(False, "recompute activations: less memory, slower", free=True)
     save_minutes: float = setting(
         10.0, "minutes between saves of a fit; inf: never", low=0, free=True
     )
-    seed: int = setting(0, "random seed", low=0)
-    device: str = setting("cpu", "torch device, cuda for example", free=True)
     dtype: str = setting("float32", "of the policy's weights", choices=tuple(DTYPES))
     judge_dtype: str | None = setting(None, "unset: that of its checkpoint", choices=tuple(DTYPES))
 
@@ -300,7 +283,9 @@ class TextGame(Game):
         return distributed.lock_step(mine, spare=batch[:1].tolist())
 
     def optimizer(self, config, generator):
-        return make_optimizer(config.optimizer, self.policy, config.lr, generator)
+        if next(self.policy.parameters()).dtype == torch.bfloat16:
+            return rounding_optimizer(config.optimizer, self.policy, config.lr, generator)
+        return super().optimizer(config, generator)
 
 
 # ------------------------------------------------------------------------ the run

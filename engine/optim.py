@@ -222,18 +222,10 @@ class AdamW(Optimizer):
 # ------------------------------------------------------------------------ which one, and its state
 
 
-def make_optimizer(name: str, policy: nn.Module, lr: float, generator: torch.Generator):
-    """torch's optimizer, or ours for bfloat16 weights, whose small steps plain rounding would lose.
-
-    Only ours draws from the generator: the seed of its own.
-    """
-    parameters = list(policy.parameters())
-    if parameters[0].dtype == torch.bfloat16:
-        seed = int(torch.randint(2**62, (), generator=generator))
-        return {"adamw": AdamW, "rmsprop": RMSProp}[name](parameters, lr, seed)
-
-    make = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
-    return make(parameters, lr=lr, weight_decay=0.0)
+def rounding_optimizer(name: str, policy: nn.Module, lr: float, generator: torch.Generator):
+    """One of ours for bfloat16 weights, whose small steps plain rounding would lose."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return {"adamw": AdamW, "rmsprop": RMSProp}[name](policy.parameters(), lr, seed)
 
 
 def optimizer_tensors(optimizer) -> dict[str, Tensor]:

@@ -37,7 +37,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
-    TEMPLATES,
     Prompt,
     Tokenizer,
     outputs_for,
@@ -55,7 +54,7 @@ from engine.run_folder import round_policies
 from evaluate import judge_report
 from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
-from generate import generate
+from generate import SamplingConfig, generate
 from judges.base import judge_in_batches
 from judges.load import load_judge
 from model import Transformer
@@ -480,16 +479,9 @@ def report(args: Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Flags of every command that samples; their ranges are those of train.py."""
+class Sampling(SamplingConfig):
+    """Flags of every command that samples."""
 
-    max_new_tokens: int = setting(512, "longest response", low=1)
-    temperature: float = setting(1.0, "of sampling; 0 is greedy", low=0, high=1e6)
-    top_p: float = setting(1.0, "nucleus of sampling", low=1e-9, high=1)
-    template: str = setting("chat", "how a prompt becomes tokens", choices=TEMPLATES)
-    pool: int = setting(256, "rows that decode together", low=1)
-    seed: int = setting(0, "random seed", low=0)
-    device: str = setting("cpu", "a torch device")
     dtype: str | None = setting(
         None, "of the policy's weights; unset: as in its checkpoint", choices=tuple(DTYPES)
     )
