@@ -15,7 +15,7 @@ $(DEMO)/world/world.json: | .venv/ready
 	$(BIN)/python -m toy.text_game build $(DEMO)/world
 
 toys: .venv/ready  ## every figure of the laboratory, and its numbers, under out/toy/
-	@for toy in rps tabular likelihood ablations judges; do echo && echo "toy.$$toy" && $(BIN)/python -m toy.$$toy || exit; done
+	@for toy in rps tabular likelihood ablations judges relatives social_choice; do echo && echo "toy.$$toy" && $(BIN)/python -m toy.$$toy || exit; done
 
 test: .venv/ready-dev  ## lint and format, then every test
 	$(BIN)/ruff check .

@@ -124,7 +124,7 @@ def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def chunked_logps(
-    hidden: Tensor, head: Callable, tokens: Tensor, mask: Tensor, rows: int = 128
+    hidden: Tensor, head: Callable, tokens: Tensor, mask: Tensor, rows: int = 512
 ) -> Tensor:
     """sequence_logps(head(hidden), tokens, mask), with logits of `rows` positions at a time.
 
@@ -158,6 +158,15 @@ def sppo_loss(log_ratio: Tensor, target: Tensor) -> Tensor:
     return (log_ratio - target) ** 2
 
 
+def centred_loss(log_ratio: Tensor, target: Tensor) -> Tensor:
+    """((Δ - Δ̄) - (z - z̄))² with the means over a prompt's S responses: GVPO (2504.19599).
+
+    What all S share, log Z for one, cancels; with --select best-worst it is IPO with soft labels.
+    """
+    error = log_ratio - target
+    return (error - error.mean(-1, keepdim=True)) ** 2
+
+
 def sppo_hard_loss(best_log_ratio: Tensor, worst_log_ratio: Tensor, beta: float) -> Tensor:
     """(Δ_w - 1/(2β))² + (Δ_l + 1/(2β))²: eq. 4.12 with the hard label P = 1, TRL's `sppo_hard`."""
     return (best_log_ratio - 0.5 / beta) ** 2 + (worst_log_ratio + 0.5 / beta) ** 2
@@ -178,12 +187,15 @@ def ipo_loss(best_log_ratio: Tensor, worst_log_ratio: Tensor, beta: float) -> Te
 
 # The losses that compare a winner with a loser, by the name that --loss takes.
 PAIR_LOSSES = {"sppo-hard": sppo_hard_loss, "dpo": dpo_loss, "ipo": ipo_loss}
+LOSSES = ("sppo", "centred", *PAIR_LOSSES)
 
 
 def row_losses(log_ratio: Tensor, target: Tensor, config: "RoundConfig") -> Tensor:
-    """(b, S), (b, S) -> (b, S) for sppo, (b,) for the losses that compare a winner with a loser."""
+    """(b, S), (b, S) -> (b, S); (b,) for the losses that compare a winner with a loser."""
     if config.loss == "sppo":
         return sppo_loss(log_ratio, target)
+    if config.loss == "centred":
+        return centred_loss(log_ratio, target)
     best, worst = log_ratio.unbind(1)
     return PAIR_LOSSES[config.loss](best, worst, 1 / config.eta)
 
@@ -207,8 +219,8 @@ class RoundConfig:
     """How a round learns; η, batch and learning rate default to the paper's Mistral-7B (§5.1)."""
 
     eta: float = setting(1000.0, "step size η: log-ratio per unit of win rate", low=1e-9, high=1e9)
-    loss: str = setting("sppo", "sppo, or an iterative baseline", choices=("sppo", *PAIR_LOSSES))
-    target: str = setting("sppo", "what sppo regresses on; see docs/runs.md", choices=TARGETS)
+    loss: str = setting("sppo", "sppo, centred, or an iterative baseline", choices=LOSSES)
+    target: str = setting("sppo", "of the regression; see docs/runs.md", choices=TARGETS)
     tau: float = setting(0.01, "KL weight τ (only --target regularized)", low=0, high=1e9)
     select: str = setting("best-worst", "winner and loser, or all K", choices=("best-worst", "all"))
     epochs: int = setting(1, "passes over the round's prompts", low=1)

@@ -15,10 +15,12 @@ from torch import nn
 
 from model import Transformer, initialize
 from sppo import (
+    LOSSES,
     PAIR_LOSSES,
     TARGETS,
     RoundConfig,
     best_and_worst,
+    centred_loss,
     chunked_logps,
     dpo_loss,
     ipo_loss,
@@ -215,7 +217,7 @@ def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 from test_sppo import chunked_logps, language_model, sequence_logps
 torch.set_num_threads(1)
-policy, tokens, mask = language_model(V=32_000, D=32, B=4, T=300)
+policy, tokens, mask = language_model(V=32_000, D=32, B=8, T=600)
 few = tokens[:, :8], mask[:, :8]
 chunked_logps(policy.model(few[0]), policy.head, *few).sum().backward()  # imports, gradients
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
@@ -304,6 +306,20 @@ def test_sppo_hard_is_sppo_with_certain_labels():
     assert sppo_hard_loss(*ratio, beta=0.1).item() == pytest.approx(soft.item(), rel=1e-6)
 
 
+def test_centred_loss_by_hand():
+    """Errors Δ - z of 1, 0 and -4 have the mean -1: 2², 1², 3²; shifting all targets by log Z, say, changes nothing."""
+    ratio, target = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, 3.0]])
+    assert centred_loss(ratio, target).tolist() == [[4, 1, 9]]
+    assert torch.allclose(centred_loss(ratio, target - 7.25), centred_loss(ratio, target))
+
+
+@pytest.mark.parametrize(("beta", "best", "worst"), NUMBERS)
+def test_centred_loss_of_a_pair_is_a_quarter_of_ipo(beta, best, worst):
+    """Each of the two is half the error of the difference; IPO's margin is 1/(2β)."""
+    value = centred_loss(torch.tensor([best, worst]), torch.tensor([0.25, -0.25]) / beta).mean()
+    assert 4 * value.item() == pytest.approx(ipo_loss(torch.tensor(best), torch.tensor(worst), beta).item(), rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ rounds on a table
 
 
@@ -373,7 +389,7 @@ def test_gradient_raises_best_and_lowers_worst():
     assert logp.grad[best] < 0 < logp.grad[worst]
 
 
-@pytest.mark.parametrize("loss", ["sppo", *PAIR_LOSSES])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_round_raises_the_best_and_lowers_the_worst(loss):
     """On a policy that knows only these two actions, what the one gains the other loses."""
     given = {"sample": [[[0], [1]]] * 3, "judge": torch.tensor([[0.5, 0.8], [0.2, 0.5]]).expand(3, 2, 2)}
@@ -392,13 +408,11 @@ def test_a_regularized_round_of_ties_moves_towards_the_reference():
 
 
 @pytest.mark.parametrize("K", [2, 3, 5, 8])
-def test_enough_steps_on_all_responses_reach_the_normalized_target(K):
-    """All K actions seen once, exact normaliser: the regression has a solution, multiplicative weights (eq. 4.3)."""
+@pytest.mark.parametrize("how", [dict(target="normalized"), dict(loss="centred")], ids=["log Z", "centred"])
+def test_enough_steps_on_all_responses_reach_multiplicative_weights(K, how):
+    """All K actions seen once, log Z exact or cancelled: the regression has a solution, eq. 4.3."""
     given = {"sample": [[[k] for k in range(K)]]}
-    game, result = play(
-        N=1, actions=K, K=K, select="all", target="normalized", epochs=400,
-        given=given,
-    )  # fmt: skip
+    game, result = play(N=1, actions=K, K=K, select="all", epochs=400, given=given, **how)
     share = (2.0 * result["win_rate"][0].double()).exp()
     assert torch.allclose(game.policy.logits[0].softmax(-1), share / share.sum(), atol=1e-3)
 
