@@ -29,7 +29,7 @@ from engine.costs import GPUS, causal_flops, on_meta, pairrm_bytes, pairrm_flops
 from engine.costs import recomputing_bytes, saved_bytes, training_bytes
 from engine.files import read_json
 from generate import PREFILL_TOKENS, pool_shape, position_bytes
-from judges.load import split_spec
+from judges.load import is_folder, split_spec
 from judges.pairrm import GPU_TOKENS, PairRM, PairRMConfig
 from model import ModelConfig, Transformer
 from prefmodel import PreferenceModel
@@ -45,7 +45,7 @@ ASSUMED = {
     "judge": 0.25,
     "score": 0.4,
     "fit": 0.35,
-    "chunk": 128,  # positions whose logits exist at a time in score and fit (sppo.chunked_logps)
+    "chunk": 512,  # positions whose logits exist at a time in score and fit (sppo.chunked_logps)
     "json": 11.5,  # bytes of a token in responses.jsonl: its text, the digits of its id, a comma
 }
 
@@ -58,7 +58,7 @@ FLEXIBLE = ("cache", "workspace", "activations", "logits")  # memory that a flag
 
 def judge_folders(spec: str) -> list[str]:
     """Checkpoint folders in a --judge: itself, or those that its arguments name (an ensemble's)."""
-    if Path(spec).is_dir():
+    if is_folder(spec):
         return [spec]
 
     _, _, arguments = split_spec(spec)

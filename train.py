@@ -29,6 +29,7 @@ from engine.run_folder import (
     Metrics,
     RecordedGame,
     claim,
+    finished,
     peak_memory,
     policy_folder,
     read_responses,
@@ -36,9 +37,10 @@ from engine.run_folder import (
 )
 from generate import SamplingConfig, draw_seeds, generate
 from judges.base import judge_in_batches
-from judges.load import load_judge
+from judges.load import load_judge, probe
 from model import ModelConfig, Transformer
 from sppo import (
+    PAIR_LOSSES,
     Game,
     RoundConfig,
     centred,
@@ -75,6 +77,7 @@ class TrainConfig(RoundConfig, SamplingConfig):
     )
     dtype: str = setting("float32", "of the policy's weights", choices=tuple(DTYPES))
     judge_dtype: str | None = setting(None, "unset: that of its checkpoint", choices=tuple(DTYPES))
+    judge_retries: int = setting(5, "repeats of a judge that fails for a time", low=0, free=True)
 
     @property
     def cache_bytes(self) -> int | None:
@@ -144,7 +147,7 @@ def check(config: TrainConfig) -> None:
     if config.schedule_epochs is not None and config.schedule_epochs < epochs:
         found = f"--schedule-epochs is {config.schedule_epochs}"
         raise ValueError(f"{found}, expected at least --epochs {epochs}")
-    if config.loss != "sppo" and (config.select, config.target) != ("best-worst", "sppo"):
+    if config.loss in PAIR_LOSSES and (config.select, config.target) != ("best-worst", "sppo"):
         needs = "it goes with --select best-worst and no --target"
         raise ValueError(f"--loss {config.loss} compares winner and loser: {needs}")
     if config.target != "regularized" and (config.reference or config.reference_every):
@@ -329,7 +332,7 @@ def load(config: TrainConfig) -> tuple:
 
     policy = Transformer.from_pretrained(config.policy, config.dtype, config.device)
     policy.model.recompute = config.recompute
-    judge = load_judge(config.judge, config.device, config.judge_dtype)
+    judge = load_judge(config.judge, config.device, config.judge_dtype, config.judge_retries)
     return policy, tokenizer, judge, prompts
 
 
@@ -348,6 +351,11 @@ def run(config: TrainConfig) -> list[dict]:
     distributed.start(config.device)
     policy, tokenizer, judge, prompts = load(config)
     opponents = load_opponents(config, prompts)
+
+    # Before anything is sampled. A run that has judged everything can do without its judge.
+    if not finished(round_folder(config.out, config.rounds) / "preferences.safetensors"):
+        shortest = min(prompts[0], key=lambda prompt: len(prompt.ids))
+        distributed.on_main(lambda: probe(judge, config.judge, shortest.text))
     claim_folder(config)
 
     out = Path(config.out)

@@ -2,22 +2,34 @@
 
 A judge is anything with `preferences_many(prompts, responses) -> (N, K, K)`: entry [i, j] is
 P(response i beats response j), P + Pᵀ = 1, ½ on the diagonal (a response ties with itself). What it
-returns is checked by `checked` where it enters. Here are the judges made of a function or of other
-judges; judges/load.py finds a judge from the command line.
+returns is checked by `checked` where it enters, and what it raises becomes one sentence (`asked`).
+Here are the judges made of a function or of other judges; judges/load.py finds a judge from the
+command line.
 """
 
+import itertools
+import sys
+import sysconfig
+import time
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from engine.run_folder import out_of_memory
 from sppo import win_rates
 
 BATCH = 32  # prompts that are judged together
+RETRIES = 5  # repeats of a judge that fails for a time, where load_judge is given no other number
 
 
 class Judge:
     """Base class. A subclass has `preferences_many`."""
+
+    retries = RETRIES
 
     def preferences_many(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
         """(N, K, K) float32: a table for each prompt."""
@@ -43,18 +55,22 @@ class Rule(Judge):
         return torch.stack([self.table(*row) for row in zip(prompts, responses, strict=True)])
 
     def table(self, prompt: str, responses: list[str]) -> Tensor:
-        """What the function returns, as a tensor (K, K). ValueError if it is none."""
-        table = self.function(prompt, responses, **self.arguments)
+        """What the function returns, as a tensor (K, K). JudgeError if it is none, or raises."""
+        # Repeated here and not for a whole batch: what was paid for the other prompts is kept.
+        name = getattr(self.function, "__qualname__", type(self.function).__name__)
+        where = f"judge {name}, prompt {prompt[:40]!r}"
+        table = asked(
+            lambda: self.function(prompt, responses, **self.arguments), where, self.retries
+        )
         try:
             table = torch.as_tensor(table, dtype=torch.float32).detach().cpu()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             table = torch.empty(0)
 
         K = len(responses)
         if table.shape != (K, K):
-            name = getattr(self.function, "__qualname__", self.function)
             expected = f"expected a {K} × {K} table for prompt {prompt[:40]!r}"
-            raise ValueError(f"judge {name}: {expected}, found shape {tuple(table.shape)}")
+            raise JudgeError(f"judge {name}: {expected}, found shape {tuple(table.shape)}")
         return table
 
 
@@ -129,6 +145,70 @@ def transitive(logits: Tensor, policy: Tensor | None = None) -> Tensor:
     return torch.sigmoid(score[..., :, None] - score[..., None, :])
 
 
+# ------------------------------------------------------------------------ a judge that fails
+
+
+class JudgeError(ValueError):
+    """A judge failed for good; its text is the sentence that the user reads."""
+
+
+class Retry(Exception):
+    """For a judge to raise that wants to be asked again: a rate limit, a garbled reply."""
+
+
+# Errors that may pass by themselves. What FileNotFoundError misses will not come by waiting.
+TRANSIENT = (OSError, Retry)
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+LONGEST_WAIT = 60  # seconds; the waits are 1, 2, 4, ...
+
+
+def announce(seconds: float, sentence: str) -> None:
+    """Say why there is a pause, above the progress bar, and wait."""
+    tqdm.write(f"{sentence}; again in {seconds} s", file=sys.stderr)
+    time.sleep(seconds)
+
+
+def asked(question: Callable, where: str, retries: int, wait: Callable = announce):
+    """question(), again after an error that may pass; JudgeError for any other, or after `retries`.
+
+    The sentence begins with `where` and ends with the line of code that failed. SystemExit is an
+    error too: a judge cannot end a run as if it were finished.
+    """
+    for attempt in itertools.count():
+        try:
+            return question()
+        except JudgeError:
+            raise
+        except (Exception, SystemExit) as error:
+            if out_of_memory(error):  # a run has advice for it
+                raise
+            sentence = f"{where}: {described(error)}"
+            passes = isinstance(error, TRANSIENT) and not isinstance(error, LASTING)
+            if not passes:
+                raise JudgeError(sentence) from error
+            if attempt == retries:
+                raise JudgeError(f"{sentence}, after {attempt + 1} attempts") from error
+        wait(min(2**attempt, LONGEST_WAIT), sentence)
+
+
+def described(error: BaseException) -> str:
+    """Kind and text of an error, in one line, and where in the judge's code it arose."""
+    # The last frame is often deep inside a package, which tells a user little.
+    frames = traceback.extract_tb(error.__traceback__)
+    library = tuple(sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+    own = [frame for frame in frames if not frame.filename.startswith(library)]
+    frame = (own or frames)[-1]
+
+    text = f"{type(error).__name__}: {printable(str(error))}".removesuffix(": ")
+    return f"{text} ({Path(frame.filename).name}:{frame.lineno} in {frame.name})"
+
+
+def printable(text: str, longest: int = 300) -> str:
+    """Text from outside, cut, as one line: control characters are escaped."""
+    cut = text[:longest] + "…" * (len(text) > longest)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
 # ------------------------------------------------------------------------ asking a judge
 
 
@@ -136,41 +216,52 @@ def judge_in_batches(
     judge, prompts: list[str], responses: list[list[str]], name: str, progress=None,
     size: int = BATCH,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the judge's tables (n, K, K), `size` prompts at a time; see `checked`."""
+    """Yield the judge's tables (n, K, K), `size` prompts at a time; see `checked_tables`."""
+    # The title of the bar is the stage of the run, which an error should name.
+    stage = getattr(progress, "desc", None)
+
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
-        tables = checked_tables(judge, prompts[batch], responses[batch], name)
+        try:
+            tables = checked_tables(judge, prompts[batch], responses[batch], name)
+        except JudgeError as error:
+            raise JudgeError(f"{stage}: {error}" if stage else str(error)) from error
         yield tables
         if progress is not None:
             progress.update(len(tables))
 
 
 def checked_tables(judge, prompts: list[str], responses: list[list[str]], name: str) -> Tensor:
-    """The judge's tables, (N, K, K) float32 on the CPU; see `checked`."""
-    return checked(judge.preferences_many(prompts, responses), prompts, len(responses[0]), name)
+    """The judge's tables, (N, K, K) float32 on the CPU; see `asked` and `checked`."""
+    which = "prompt" if len(prompts) == 1 else f"one of {len(prompts)} prompts from"
+    where = f"judge {printable(name, 80)}, {which} {prompts[0][:40]!r}"
+    retries = getattr(judge, "retries", RETRIES)
+    tables = asked(lambda: judge.preferences_many(prompts, responses), where, retries)
+    return checked(tables, prompts, len(responses[0]), name)
 
 
 def checked(tables, prompts: list[str], K: int, name: str) -> Tensor:
     """Tables of any judge as (N, K, K) float32 on the CPU.
 
-    ValueError names the judge, and the first prompt whose table holds no preferences.
+    JudgeError names the judge, and the first prompt whose table holds no preferences.
     """
     shape = (len(prompts), K, K)
+    name = printable(name, 80)
 
     # A judge may be anybody's code: what it returned may not even be numbers.
     try:
         tables = torch.as_tensor(tables, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         found = type(tables).__name__
-        raise ValueError(f"judge {name}: expected a tensor of preferences, found {found}") from None
+        raise JudgeError(f"judge {name}: expected a tensor of preferences, found {found}") from None
     if tables.shape != shape:
         found = tuple(tables.shape)
-        raise ValueError(f"judge {name}: expected preferences {shape}, found {found}")
+        raise JudgeError(f"judge {name}: expected preferences {shape}, found {found}")
 
     # One by one, so that the message can name the prompt.
     for prompt, table in zip(prompts, tables):
         try:
             win_rates(table)
         except ValueError as error:
-            raise ValueError(f"judge {name}, prompt {prompt[:40]!r}: {error}") from None
+            raise JudgeError(f"judge {name}, prompt {prompt[:40]!r}: {error}") from None
     return tables

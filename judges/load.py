@@ -2,6 +2,7 @@
 
     DIR                                   a judge of `prefmodel.py train`, or a PairRM checkpoint
     module:function  or  module:Class     a rule, an API: (prompt, responses) -> K × K numbers
+    llm:{"url": ..., "model": ...}        a language model behind an OpenAI-compatible server
     human:{"votes": "mine.jsonl"}         you, at the terminal
     ensemble:{"judges": [...], "weights": [0.8, 0.2]}     the weighted mean of other judges
     transitive:{"judge": ...}             what the authors' code makes of another judge
@@ -14,46 +15,84 @@ import importlib
 import inspect
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from engine.files import read_json
-from judges.base import Ensemble, Rule, Transitive
+from judges.base import (
+    RETRIES,
+    Ensemble,
+    JudgeError,
+    Rule,
+    Transitive,
+    checked_tables,
+    described,
+    printable,
+)
 from judges.human import Human
+from judges.llm import LLM
 from judges.pairrm import PairRM
 from prefmodel import PreferenceModel
 
-KINDS = {"human": Human, "ensemble": Ensemble, "transitive": Transitive}
+KINDS = {"llm": LLM, "human": Human, "ensemble": Ensemble, "transitive": Transitive}
 
 
-def load_judge(spec: str, device: str | None = None, dtype: str | None = None):
+def load_judge(
+    spec: str, device: str | None = None, dtype: str | None = None, retries: int = RETRIES
+):
     """The judge that `spec` names. FileNotFoundError or ValueError says what is wrong with it.
 
-    Example: 'toy.text_game:oracle:{"strengths": [0.9, 0.9, 0.8]}'.
+    `retries`: how often it is asked again after an error that may pass. Example:
+    'toy.text_game:oracle:{"strengths": [0.9, 0.9, 0.8]}'.
     """
-    if Path(spec).is_dir():
+    judge = make_judge(spec, device, dtype, retries)
+
+    # Somebody's object may take no attributes; then the default number holds.
+    with suppress(AttributeError):
+        judge.retries = retries
+    return judge
+
+
+def is_folder(spec: str) -> bool:
+    """Whether a word is a folder. JSON arguments may be longer than any file name is allowed to be,
+    which is an error of the file system's.
+    """
+    try:
+        return Path(spec).is_dir()
+    except OSError:
+        return False
+
+
+def make_judge(spec: str, device, dtype, retries: int):
+    if is_folder(spec):
         published = read_json(Path(spec) / "config.json").get("model_type") == "deberta-v2"
         kind = PairRM if published else PreferenceModel
         return kind.from_pretrained(spec, dtype, device)
 
     module, name, arguments = split_spec(spec)
+    shown = printable(spec, 80)  # a long rubric would hide the message
     if module is None:
-        return build(KINDS[name], load_members(arguments, spec, device, dtype), spec)
+        arguments = load_members(arguments, shown, device, dtype, retries)
+        return build(KINDS[name], arguments, shown)
 
     # An instance of a class that has `preferences_many` is a judge, anything else a rule.
-    found = find(module, name, spec)
+    found = find(module, name, shown)
     if isinstance(found, type):
         # A class gets these two if it asks for them.
         places = {"device": device, "dtype": dtype}
         wanted = places.keys() & inspect.signature(found).parameters
-        found = build(found, {key: places[key] for key in wanted} | arguments, spec)
+        found = build(found, {key: places[key] for key in wanted} | arguments, shown)
         arguments = {}
     if hasattr(found, "preferences_many"):
         return found
-    return make_rule(getattr(found, "preferences", found), arguments, spec)
+    return make_rule(getattr(found, "preferences", found), arguments, shown)
 
 
 def split_spec(spec: str) -> tuple[str | None, str, dict]:
     """'module:function:{"key": value}' -> module, function, arguments; no module for KINDS."""
+    shown = printable(spec, 80)
     word, _, text = spec.partition(":")
     if word in KINDS:
         module = None
@@ -63,7 +102,7 @@ def split_spec(spec: str) -> tuple[str | None, str, dict]:
         name, _, text = text.partition(":")
         if not module or not name:
             expected = f"not of the form module:function (or {', '.join(KINDS)})"
-            raise FileNotFoundError(f"judge {spec}: no such folder, and {expected}")
+            raise FileNotFoundError(f"judge {shown}: no such folder, and {expected}")
 
     # Whatever is no JSON object gets one message.
     try:
@@ -72,25 +111,25 @@ def split_spec(spec: str) -> tuple[str | None, str, dict]:
         arguments = None
     if not isinstance(arguments, dict):
         expected = "expected keyword arguments as a JSON object after the colon"
-        raise ValueError(f"judge {spec}: {expected}")
+        raise ValueError(f"judge {shown}: {expected}")
     return module, name, arguments
 
 
-def load_members(arguments: dict, spec: str, device, dtype) -> dict:
+def load_members(arguments: dict, spec: str, device, dtype, retries: int) -> dict:
     """The arguments of `ensemble` and `transitive`, with the judges loaded that they name."""
     loaded = dict(arguments)
     if "judge" in arguments:
         member = arguments["judge"]
         if not isinstance(member, str):
             raise ValueError(f"judge {spec}: judge is {member!r}, expected a string")
-        loaded["judge"] = load_judge(member, device, dtype)
+        loaded["judge"] = load_judge(member, device, dtype, retries)
 
     if "judges" in arguments:
         members = arguments["judges"]
         if not isinstance(members, list) or not all(isinstance(one, str) for one in members):
             expected = "expected a list of checkpoint folders and module:function"
             raise ValueError(f"judge {spec}: judges are {members!r}, {expected}")
-        loaded["judges"] = [load_judge(member, device, dtype) for member in members]
+        loaded["judges"] = [load_judge(member, device, dtype, retries) for member in members]
     return loaded
 
 
@@ -101,6 +140,8 @@ def find(module: str, name: str, spec: str):
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, SyntaxError) as error:
         raise ValueError(f"judge {spec}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"judge {spec}: {described(error)}") from error
     finally:
         sys.path.remove("")
 
@@ -110,6 +151,10 @@ def build(kind: type, arguments: dict, spec: str):
         return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"judge {spec}: {error}") from None
+    except (ValueError, OSError):  # sentences already
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"judge {spec}: {described(error)}") from error
 
 
 def make_rule(function, arguments: dict, spec: str) -> Rule:
@@ -120,3 +165,21 @@ def make_rule(function, arguments: dict, spec: str) -> Rule:
         asked = f"a prompt, a list of responses and {arguments}"
         raise ValueError(f"judge {spec}: cannot be called with {asked}: {error}") from None
     return Rule(function, **arguments)
+
+
+def probe(judge, name: str, prompt: str) -> None:
+    """Have two short responses judged, so that a judge that cannot is known before anything is
+    sampled. A person is not asked. JudgeError says what is wrong.
+    """
+    if isinstance(judge, Ensemble):
+        for member in judge.judges:
+            probe(member, name, prompt)
+    elif isinstance(judge, Transitive):
+        probe(judge.judge, name, prompt)
+    elif not isinstance(judge, Human):
+        # A rule may draw random numbers: those of the run stay where they are.
+        with torch.random.fork_rng(devices=[]):
+            try:
+                checked_tables(judge, [prompt], [["yes", "no"]], name)
+            except JudgeError as error:
+                raise JudgeError(f"before the first response: {error}") from error

@@ -94,7 +94,7 @@ def refused(importer, imported, taken, modules, root):
     if room != other and FLOOR[other] >= FLOOR[room]:
         return f"{other} is not on a lower floor than {room}"
 
-    kept = imported in ("judges.human", "judges.pairrm") and importer != "judges.load"
+    kept = imported in ("judges.human", "judges.llm", "judges.pairrm") and importer != "judges.load"
     if kept and not (imported == "judges.pairrm" and FLOOR[room] == 6):
         return "only judges/load.py imports it"
     if taken and imported in modules and taken not in defined_in(modules[imported]):
@@ -173,6 +173,7 @@ def test_a_house_in_order_has_no_violation(tmp_path):
         ("toy/lab.py", "from tests import test_all", "not on a lower floor"),
         ("judges/base.py", "from .pairrm import PairRM", "only judges/load.py"),
         ("train.py", "from judges.human import Judge", "only judges/load.py"),
+        ("train.py", "from judges.llm import LLM", "only judges/load.py"),
         ("plan.py", "import judges.human", "only judges/load.py"),
         ("model.py", "import transformers.models", "to compare with"),
         ("toy/lab.py", "def f():\n    from scipy.stats import norm", "to compare with"),

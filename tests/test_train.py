@@ -156,6 +156,15 @@ def test_the_baselines_run_in_the_same_loop(world, tmp_path, loss):
     assert [row["first_loss"] for row in told if "first_loss" in row] == pytest.approx([first] * 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("select", ["best-worst", "all"])
+def test_the_centred_loss_trains_and_does_not_feel_log_z(world, tmp_path, select):
+    """With exact log Z in the target and with η/2: the same losses and gradients in both rounds."""
+    keys = ("loss", "gradient_norm", "best_log_ratio")
+    runs = [run(world, tmp_path / target, loss="centred", target=target, select=select) for target in ("sppo", "normalized")]
+    half, exact = ([row[key] for row in told if "loss" in row for key in keys] for told in runs)
+    assert half == pytest.approx(exact, rel=1e-3, abs=1e-5) and min(half[0::3]) > 0 and len(half) == 3 * 4
+
+
 @pytest.mark.parametrize("K", [2, 3, 5, 8])
 def test_every_number_of_samples_runs(world, tmp_path, K):
     run(world, tmp_path / "run", samples=K, rounds=1)
@@ -399,7 +408,7 @@ def test_a_judge_that_errs_is_reported_with_the_prompt_and_may_be_repaired(world
 
 def test_a_judge_object_that_returns_the_wrong_shape_is_reported(world, tmp_path, capsys):
     line = refused(capsys, world, tmp_path / "run", judge="test_train:flat")
-    assert "(2, 3)" in line
+    assert "(1, 2)" in line
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
