@@ -1,12 +1,16 @@
 """The learned preference model: P(y_i beats y_j | x) from a transformer with two heads.
 
 python prefmodel.py train --pairs pairs.jsonl --backbone DIR --out DIR
+
+Until the judge is finished, its training is kept in DIR.unfinished: the same command continues it.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,7 +22,8 @@ from data import TEMPLATES, Tokenizer, pad, read_pairs
 from engine.checkpoint import DTYPES, check_device, load_pretrained, load_weights, save_checkpoint
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import GREY, ORANGE, SKY, new_figure, write_figure
-from engine.files import atomic_write, read_json, require_empty, write_lines
+from engine.files import atomic_write, read_json, remove, require_empty, write_lines
+from engine.run_folder import Saver, claim
 from model import Decoder, ModelConfig, initialize
 from sppo import optimizer_step, setting
 
@@ -30,16 +35,21 @@ class PreferenceModel(nn.Module):
 
     Skew-symmetric by construction, one forward pass a response. cyclic = k = 0 is Bradley–Terry,
     scalar = False is the General Preference Model (2410.02197, Def. 4.3, without its unit norm),
-    both together the hybrid of 2605.17342.
+    both together the hybrid of 2605.17342. Of a text that is longer than max_tokens, or than the
+    context, it reads the two ends.
     """
 
-    def __init__(self, config: ModelConfig, scalar=True, cyclic: int = 2, template="plain"):
+    def __init__(
+        self, config: ModelConfig, scalar=True, cyclic: int = 2, template="plain",
+        max_tokens: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         if not scalar and not cyclic:
             raise ValueError("a preference model needs a scalar head or a cyclic head of k > 0")
         D = config.hidden_size
         self.config = config
         self.template = template
+        self.max_tokens = max_tokens
         self.tokenizer = None
         self.model = Decoder(config)
         self.scalar_head = nn.Linear(D, 1, bias=False) if scalar else None
@@ -62,16 +72,17 @@ class PreferenceModel(nn.Module):
         return self(pad(rows, device), torch.tensor([len(row) for row in rows], device=device))
 
     def judged_ids(self, prompt: str, response: str) -> list[int]:
-        """The ids that the model reads; ValueError if a prompt alone fills its context."""
+        """The ids that the model reads: of a text that is too long its two ends."""
         ids = self.tokenizer.judged_ids(prompt, response, self.template)
         context = self.config.max_position_embeddings
-        if len(ids) <= context:
+        limit = min(context, self.max_tokens or context)
+        if len(ids) <= limit:
             return ids
-        if len(self.tokenizer.prompt_ids(prompt, self.template)) + 2 > context:
-            room = f"no room for a response in its context of {context} tokens"
-            raise ValueError(f"judge: prompt {prompt[:40]!r} leaves {room}")
-        # A response that is too long loses its end, but not the token that marks it.
-        return ids[: context - 1] + [self.tokenizer.eos]
+
+        # The middle goes: the beginning says what was asked, and at the end stand how the response
+        # ends, the marks after it, and the token whose hidden state is the verdict.
+        first = limit // 2
+        return ids[:first] + ids[first - limit :]
 
     @torch.no_grad()
     def preferences_many(self, prompts: list[str], responses: list, rows: int = 64) -> Tensor:
@@ -95,7 +106,8 @@ class PreferenceModel(nn.Module):
         """Read a judge folder: a checkpoint whose config.json has `preference_head`."""
         path = Path(folder) / "config.json"
         head = read_json(path).get("preference_head")
-        if not isinstance(head, dict) or head.keys() != {"scalar", "cyclic", "template"}:
+        required = {"scalar", "cyclic", "template"}
+        if not isinstance(head, dict) or head.keys() - {"max_tokens"} != required:
             found = "nothing" if head is None else json.dumps(head)
             raise ValueError(f"{path}: preference_head is {found}, expected a judge's heads")
         judge = load_pretrained(cls, ModelConfig.from_json(path), folder, dtype, device, **head)
@@ -119,15 +131,20 @@ class PreferenceModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a new judge folder, whole or not at all."""
+        with atomic_write(folder) as temporary:
+            self.write_pretrained(temporary)
+
+    def write_pretrained(self, folder: str | Path) -> None:
         head = {
             "scalar": self.scalar_head is not None,
             "cyclic": 0 if self.cyclic_head is None else self.cyclic_head.out_features // 2,
             "template": self.template,
         }
+        if self.max_tokens is not None:
+            head["max_tokens"] = self.max_tokens
         extra = {"architectures": ["PreferenceModel"], "preference_head": head}
-        with atomic_write(folder) as temporary:
-            save_checkpoint(self, temporary, extra)
-            self.tokenizer.copy_to(temporary)
+        save_checkpoint(self, folder, extra)
+        self.tokenizer.copy_to(folder)
 
 
 def preference_logits(r: Tensor, v: Tensor) -> Tensor:
@@ -142,55 +159,96 @@ def preference_logits(r: Tensor, v: Tensor) -> Tensor:
 def train_preference_model(
     judge: PreferenceModel, pairs: list[dict], epochs: int, lr: float, batch: int,
     generator: torch.Generator, progress=None, held_out=(), patience: int | None = None,
+    micro_batch: int = 0, saver: Saver | None = None,
 ) -> list[dict]:  # fmt: skip
     """Fit P(chosen beats rejected) to each pair's probability, hard or soft, by cross-entropy.
 
     Returns the numbers of each step. With `held_out` pairs, also of each epoch: the judge ends with
-    the weights of its best one, and stops after `patience` epochs without a better one.
+    the weights of its best one, and stops after `patience` epochs without a better one. A saver
+    keeps what is done, and continues after what it has kept.
     """
     optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
+    turns = plan_turns(len(pairs), epochs, batch, held_out, generator)
     total = epochs * -(-len(pairs) // batch)
-    rows = []
-    step = 0
-    seen = 0
-    best = None
-    for epoch in range(1, epochs + 1):
-        for indices in torch.randperm(len(pairs), generator=generator).split(batch):
-            chunk = [pairs[i] for i in indices.tolist()]
-            loss, accuracy = judge_pairs(judge, chunk)
-            loss.backward()
+    size = micro_batch or batch
 
+    saver = saver or Saver(None, math.inf)
+    done = saver.resume(judge, optimizer)
+    rows = saver.steps
+    if progress is not None and done:
+        progress.initial = progress.n = rows[-1]["pairs_seen"]  # so that the time left is right
+
+    for row, indices in turns[done:]:
+        if patience is not None and epochs_since_best(rows) >= patience:
+            break
+        if indices is None:
+            row |= evaluate_pairs(judge, held_out, size)
+            if epochs_since_best([*rows, row]) == 0:
+                saver.extra = {name: value.clone() for name, value in judge.state_dict().items()}
+        else:
             # Rises over the first tenth of the steps, then falls linearly to 0.
-            now = lr * min((step + 1) / (0.1 * total), 1 - step / total)
-            step += 1
-            seen += len(chunk)
-            optimizer_step(optimizer, judge, now, 1.0, f"step {step}")
-
-            row = {"step": step, "epoch": epoch, "pairs_seen": seen, "loss": loss.item()}
-            rows.append(row | {"accuracy": accuracy, "lr": now})
+            now = lr * min(row["step"] / (0.1 * total), 1 - (row["step"] - 1) / total)
+            chunk = [pairs[i] for i in indices.tolist()]
+            row |= train_step(judge, optimizer, chunk, size, now, f"step {row['step']}")
             if progress is not None:
-                progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 progress.update(len(chunk))
-
-        if held_out:
-            row = {"epoch": epoch, "pairs_seen": seen} | evaluate_pairs(judge, held_out, batch)
-            rows.append(row)
-            if best is None or row["held_out_loss"] < best["held_out_loss"]:
-                best = row
-                weights = {name: value.clone() for name, value in judge.state_dict().items()}
-            if patience is not None and epoch - best["epoch"] >= patience:
-                break
+        saver.after(row)
 
     if held_out:
-        judge.load_state_dict(weights)
+        judge.load_state_dict(saver.extra)
     return rows
 
 
-def judge_pairs(judge: PreferenceModel, pairs: list[dict]) -> tuple[Tensor, float | None]:
-    """Mean cross-entropy of the pairs, differentiable, and accuracy over those with a majority."""
+def plan_turns(count: int, epochs: int, batch: int, held_out, generator: torch.Generator) -> list:
+    """What to do, in order: (the head of a line of metrics, indices of a batch of pairs), and after
+    each epoch (.., None): measure on the held-out pairs.
+    """
+    turns = []
+    step = 0
+    for epoch in range(1, epochs + 1):
+        seen = (epoch - 1) * count
+        for indices in torch.randperm(count, generator=generator).split(batch):
+            step += 1
+            seen += len(indices)
+            turns.append(({"step": step, "epoch": epoch, "pairs_seen": seen}, indices))
+        if held_out:
+            turns.append(({"epoch": epoch, "pairs_seen": seen}, None))
+    return turns
+
+
+def epochs_since_best(rows: list[dict]) -> int:
+    """How many epochs were measured after the one of smallest held-out loss."""
+    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def train_step(
+    judge: PreferenceModel, optimizer, pairs: list[dict], size: int, lr: float, name: str
+) -> dict:
+    """One optimizer step on a batch of pairs, `size` of them at a time."""
+    logits = []
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        logit = judge_pairs(judge, part)
+        loss, _ = agreement(logit, part)
+        (loss * (len(part) / len(pairs))).backward()
+        logits.append(logit.detach())
+
+    optimizer_step(optimizer, judge, lr, 1.0, name)
+    loss, accuracy = agreement(torch.cat(logits), pairs)
+    return {"loss": loss.item(), "accuracy": accuracy, "lr": lr}
+
+
+def judge_pairs(judge: PreferenceModel, pairs: list[dict]) -> Tensor:
+    """(b,) logits of P(chosen beats rejected), differentiable."""
     sides = ("chosen", "rejected")
     r, v = judge.read([(pair["prompt"], pair[side]) for pair in pairs for side in sides])
-    logit = preference_logits(r.view(-1, 2), v.view(len(pairs), 2, -1))[:, 0, 1]  # (b,)
+    return preference_logits(r.view(-1, 2), v.view(len(pairs), 2, -1))[:, 0, 1]
+
+
+def agreement(logit: Tensor, pairs: list[dict]) -> tuple[Tensor, float | None]:
+    """Mean cross-entropy of the pairs' labels, and accuracy over those with a majority."""
     probability = torch.tensor([pair["probability"] for pair in pairs], device=logit.device)
     loss = F.binary_cross_entropy_with_logits(logit, probability)
 
@@ -205,14 +263,8 @@ def judge_pairs(judge: PreferenceModel, pairs: list[dict]) -> tuple[Tensor, floa
 def evaluate_pairs(judge: PreferenceModel, pairs: list[dict], batch: int) -> dict:
     """Loss and accuracy on pairs that are not trained on."""
     chunks = [pairs[start : start + batch] for start in range(0, len(pairs), batch)]
-    rows = [(len(chunk), *judge_pairs(judge, chunk)) for chunk in chunks]
-    loss = sum(count * loss.item() for count, loss, _ in rows) / len(pairs)
-
-    # A batch of ties only has no accuracy.
-    rows = [(count, right) for count, _, right in rows if right is not None]
-    decided = sum(count for count, _ in rows)
-    accuracy = sum(count * right for count, right in rows) / decided if rows else None
-    return {"held_out_loss": loss, "held_out_accuracy": accuracy}
+    loss, accuracy = agreement(torch.cat([judge_pairs(judge, chunk) for chunk in chunks]), pairs)
+    return {"held_out_loss": loss.item(), "held_out_accuracy": accuracy}
 
 
 def split_pairs(pairs: list[dict], share: float, generator: torch.Generator) -> list[list[dict]]:
@@ -244,47 +296,83 @@ class JudgeConfig:
     template: str = setting("chat", "how prompt and response are joined", choices=TEMPLATES)
     epochs: int = setting(2, "passes over the pairs", low=1)
     batch: int = setting(32, "pairs per optimizer step", low=1)
+    micro_batch: int = setting(0, "pairs per forward pass; 0: the whole batch", low=0, free=True)
+    max_tokens: int | None = setting(None, "read of prompt and response, at both ends", low=2)
     lr: float = setting(3e-4, "peak learning rate, after a tenth of the steps", low=1e-12, high=1e3)
     held_out: float = setting(0.0, "share of the prompts that is held out", low=0, high=1)
     patience: int | None = setting(None, "stop after n epochs without a better loss", low=1)
     dtype: str = setting("float32", "of the weights", choices=tuple(DTYPES))
     seed: int = setting(0, "random seed", low=0)
+    save_minutes: float = setting(10.0, "minutes between saves; inf: never", low=0, free=True)
     device: str = setting("cpu", "a torch device")
 
 
 def train(args: argparse.Namespace) -> None:
-    """The command: read the pairs, train a judge, write its folder."""
+    """The command: read the pairs, train a judge or go on with it, write its folder."""
     check_settings(args, JudgeConfig)
     check_device(args.device)
-    require_empty(args.out)  # before hours of training, not after
     if args.patience and not args.held_out:
         raise ValueError("--patience needs --held-out: there is no held-out loss to watch")
+
+    out = Path(args.out)
+    unfinished = unfinished_folder(out)
+    if unfinished.exists() and (out / "metrics.jsonl").exists():
+        remove(unfinished)  # a process died after the judge had its name
+        print(f"{out}: was finished already")
+        return
+    require_empty(out)  # before hours of training, not after
 
     # One generator draws everything: the held-out prompts, the heads, the order of the pairs.
     generator = torch.Generator().manual_seed(args.seed)
     pairs, held_out = split_pairs(read_pairs(args.pairs), args.held_out, generator)
-    head = {"scalar": args.scalar, "cyclic": args.cyclic, "template": args.template}
+    head = {name: getattr(args, name) for name in ("scalar", "cyclic", "template", "max_tokens")}
     judge = PreferenceModel.from_backbone(
         args.backbone, generator, args.device, not args.from_scratch, args.dtype, **head
     )
+    saver = Saver(unfinished, args.save_minutes)
+    claim_folder(saver, args)
     with tqdm(total=args.epochs * len(pairs), unit="pair", desc="train judge") as progress:
         steps = train_preference_model(
             judge, pairs, args.epochs, args.lr, args.batch, generator,
-            progress, held_out, args.patience,
+            progress, held_out, args.patience, args.micro_batch, saver,
         )  # fmt: skip
 
-    judge.save_pretrained(args.out)
-    write_lines(Path(args.out) / "metrics.jsonl", steps)
-    write_figure(Path(args.out) / "learning.png", learning_curves(steps))
+    with atomic_write(out) as temporary:
+        judge.write_pretrained(temporary)
+        write_lines(temporary / "metrics.jsonl", steps)
+        write_figure(temporary / "learning.png", learning_curves(steps))
+    remove(unfinished)
+    print_losses(out, steps, len(pairs), len(held_out))
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Beside the judge's own, which so appears whole, with nothing but the judge in it."""
+    return Path(f"{out}.unfinished")
+
+
+def claim_folder(saver: Saver, args: argparse.Namespace) -> None:
+    """Write the settings beside what is saved. ValueError if that was begun with others."""
+    if not saver.kept():
+        remove(saver.folder)  # nothing to continue: any settings will do
+
+    settings = {field.name: getattr(args, field.name) for field in fields(JudgeConfig)}
+    defaults = {field.name: field.default for field in fields(JudgeConfig)}
+    free = {field.name for field in fields(JudgeConfig) if field.metadata.get("free")}
+    digest = hashlib.sha256(Path(args.pairs).read_bytes()).hexdigest()[:16]
+    files = {"backbone": args.backbone, "pairs": f"of SHA-256 {digest}"}
+    claim(saver.folder, settings | files, defaults, free)
+
+
+def print_losses(out: Path, steps: list[dict], pairs: int, held_out: int) -> None:
     losses = [row["loss"] for row in steps if "loss" in row]
     last = losses[-max(1, len(losses) // 10) :]
-    print(f"{args.out}: {len(pairs)} pairs, loss of the last tenth {sum(last) / len(last):.4f}")
+    print(f"{out}: {pairs} pairs, loss of the last tenth {sum(last) / len(last):.4f}")
     if held_out:
         epochs = [row for row in steps if "held_out_loss" in row]
         best = min(epochs, key=lambda row: row["held_out_loss"])
         accuracy = "-" if best["held_out_accuracy"] is None else f"{best['held_out_accuracy']:.3f}"
         found = f"loss {best['held_out_loss']:.4f}, accuracy {accuracy}, of epoch {best['epoch']}"
-        print(f"{len(held_out)} held-out pairs: {found}")
+        print(f"{held_out} held-out pairs: {found}")
 
 
 def learning_curves(steps: list[dict]):
@@ -313,7 +401,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", required=True, help="folder for the judge")
     add_flags(command, JudgeConfig)
     args = parser.parse_args(arguments)
-    return exit_code("prefmodel.py", lambda: train(args))
+    stopped = "stopped; the same command continues after the last saved step"
+    return exit_code("prefmodel.py", lambda: train(args), stopped)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
+from torch import nn
 from tqdm import tqdm
 
 from engine.checkpoint import DTYPES, load_weights, uninitialized
@@ -215,7 +216,7 @@ class RecordedGame:
 
     def fit(self, data, config, generator):
         path = self.folder / "policy"
-        saver = Saver(self.folder, self.config.save_minutes, self.game)
+        saver = Saver(self.folder, self.config.save_minutes)
         if finished(path):
             load_weights(self.game.policy, path)
             steps = [row for _, row in read_lines(path / "steps.jsonl")]
@@ -232,7 +233,8 @@ class RecordedGame:
     def play_fit(self, path, saver, data, config, generator):
         """Fit, step by step, and write the checkpoint of π_{t+1}."""
         with self.stage("policy", len(my_share(data.prompts)) * config.epochs) as bar:
-            for step in self.game.fit(data, config, generator, saver.resume):
+            resume = partial(saver.resume, self.game.policy)
+            for step in self.game.fit(data, config, generator, resume):
                 bar.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
                 self.metrics.step(self.game.number, step)
                 saver.after(step)
@@ -324,32 +326,33 @@ def in_shards(game, path: Path):
 
 
 class Saver:
-    """Keeps the state of an unfinished fit: weights, optimizer state and the numbers of each step,
-    in FOLDER/fit-STEPS.
+    """Keeps the state of an unfinished fit: weights, optimizer state, the numbers of each step, and
+    other tensors in `extra`, in FOLDER/fit-STEPS. Without a folder it keeps nothing.
 
     One safetensors file a process, with its part of everything. The older state goes when the newer
     one is whole.
     """
 
-    def __init__(self, folder: Path, minutes: float, game):
+    def __init__(self, folder: Path | None, minutes: float):
         self.folder = folder
         self.seconds = 60 * minutes
         self.last = time.monotonic()
-        self.game = game
-        self.optimizer = None  # set by resume, which a fit begins with
+        self.module = None  # it and the optimizer are set by resume, which a fit begins with
+        self.optimizer = None
         self.steps = []  # the numbers of the steps done
+        self.extra = {}
 
     def kept(self) -> list[Path]:
         """Folders of this kind, the latest last."""
-        found = [
-            path for path in self.folder.glob("fit-*") if path.name.removeprefix("fit-").isdecimal()
-        ]
+        found = self.folder.glob("fit-*") if self.folder else ()
+        found = [path for path in found if path.name.removeprefix("fit-").isdecimal()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("fit-")))
 
-    def resume(self, optimizer) -> int:
+    def resume(self, module: nn.Module, optimizer) -> int:
         """Put weights and optimizer state where they were; the number of steps done, 0 if nothing
         was kept.
         """
+        self.module = module
         self.optimizer = optimizer
         found = broadcast(self.kept())
         if not found:
@@ -372,14 +375,10 @@ class Saver:
             self.steps = json.loads(file.metadata()["steps"])
         kept = load_file(path)
 
-        for name, parameter in self.game.policy.named_parameters():
+        for name, parameter in self.module.named_parameters():
             local_part(parameter)[0].copy_(kept[f"weights.{name}"])
-        state = {
-            key.removeprefix("optimizer."): value
-            for key, value in kept.items()
-            if key.startswith("optimizer.")
-        }
-        load_optimizer_tensors(self.optimizer, state)
+        load_optimizer_tensors(self.optimizer, without_prefix(kept, "optimizer."))
+        self.extra = without_prefix(kept, "extra.")
 
     def after(self, step: dict) -> None:
         """Call after each step; saves at most every `minutes`."""
@@ -388,26 +387,39 @@ class Saver:
         if not broadcast(due):  # the main process's clock decides
             return
 
-        tensors = {
-            f"weights.{name}": parameter.detach()
-            for name, parameter in self.game.policy.named_parameters()
-        }
-        tensors |= {
-            f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()
-        }
+        weights = {name: value.detach() for name, value in self.module.named_parameters()}
+        tensors = with_prefix(weights, "weights.")
+        tensors |= with_prefix(optimizer_tensors(self.optimizer), "optimizer.")
+        tensors |= with_prefix(self.extra, "extra.")
         tensors = {name: local_part(tensor)[0] for name, tensor in tensors.items()}
 
         # The older state goes only when the newer one is whole: a kill leaves one of them.
         older = broadcast(self.kept())
         with together(self.folder / f"fit-{len(self.steps)}") as temporary:
             temporary.mkdir(exist_ok=True)
-            save_file(tensors, part_of(temporary), metadata={"steps": json.dumps(self.steps)})
+            try:
+                save_file(tensors, part_of(temporary), metadata={"steps": json.dumps(self.steps)})
+            except SafetensorError as error:  # the library's own class for a full disk
+                raise OSError(str(error)) from None
         delete(older)
         self.last = time.monotonic()
 
     def forget(self) -> None:
-        """Delete the saved state of a finished fit."""
-        delete(self.kept())
+        """Delete the saved state of a finished fit, and what was being written at a kill."""
+        delete(list(self.folder.glob("fit-*")))
+
+
+def with_prefix(tensors: dict, prefix: str) -> dict:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(tensors: dict, prefix: str) -> dict:
+    """Those whose names begin with it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def delete(folders: list[Path]) -> None:

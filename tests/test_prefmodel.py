@@ -4,14 +4,21 @@ And about judges/load.py: the judges that a command line can name.
 """
 
 import json
+import random
+import re
+import resource
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import children
 import pytest
 import torch
 from conftest import ROOT
 
 import prefmodel
+from engine.files import write_lines
 from judges.base import Rule
 from judges.load import load_judge
 from prefmodel import PreferenceModel, split_pairs, train_preference_model
@@ -164,10 +171,43 @@ def test_a_judge_made_of_a_bfloat16_backbone_is_loaded_as_it_was_saved(shared, t
     assert torch.equal(preferences(loaded, texts, "Why?"), preferences(judge, texts, "Why?"))
 
 
-def test_a_text_longer_than_the_context_is_judged_by_its_beginning(backbone):
-    """The context of this world is 32 tokens: what differs after it cannot count, what differs within it does."""
-    P = preferences(make(backbone), ["1" * 50, "1" * 50 + "2", "2" + "1" * 50])
-    assert P[0, 1] == 0.5 != P[0, 2]
+def test_a_text_longer_than_the_context_is_judged_by_its_two_ends(backbone):
+    """The context of this world is 32 tokens: what differs in the middle cannot count, what differs at either end does."""
+    texts = ["1" * 50, "1" * 25 + "2" + "1" * 24, "2" + "1" * 49, "1" * 49 + "2", "1" * 70]
+    P = preferences(make(backbone), texts)
+    assert P[0, 1] == P[0, 4] == 0.5 and P[0, 2] != 0.5 != P[0, 3] != P[0, 2]
+
+
+def test_a_cap_keeps_the_beginning_of_the_prompt_and_the_end_of_the_response_with_its_marks(backbone):
+    judge = make(backbone)
+    whole = judge.judged_ids("3+4=5+9=", "123456789")  # a token a letter, between BOS and EOS
+    assert len(whole) == 1 + 8 + 9 + 1
+    for cap, first, last in ((6, 3, 3), (7, 3, 4), (19, 9, 10), (2, 1, 1)):
+        judge.max_tokens = cap
+        kept = judge.judged_ids("3+4=5+9=", "123456789")
+        assert kept == (whole if cap == 19 else whole[:first] + whole[-last:])
+    judge.max_tokens = 1000  # the context is smaller
+    assert len(judge.judged_ids("3+4=" * 40, "7.")) == 32
+
+
+def test_a_cap_leaves_a_short_response_to_a_long_prompt_whole(backbone):
+    judge = make(backbone)
+    judge.max_tokens = 12
+    ids = judge.judged_ids("3+4=" * 40, "7!")
+    assert len(ids) == 12 and ids[-3:] == [*judge.tokenizer.encode("7!"), judge.tokenizer.eos]
+    assert preferences(judge, ["7!", "8."], "3+4=" * 40)[0, 1] != 0.5
+
+
+def test_a_judge_is_loaded_with_its_cap_and_one_without_is_saved_as_before_there_was_one(backbone, tmp_path):
+    texts = ["1" * 25 + "2" + "1" * 25, "1" * 51]
+    for cap in (None, 20):
+        judge = make(backbone)
+        judge.max_tokens = cap
+        judge.save_pretrained(tmp_path / str(cap))
+        head = json.loads((tmp_path / str(cap) / "config.json").read_text())["preference_head"]
+        assert head == {"scalar": True, "cyclic": 3, "template": "plain"} | ({"max_tokens": 20} if cap else {})
+        loaded = load_judge(str(tmp_path / str(cap)))
+        assert loaded.max_tokens == cap and torch.equal(preferences(loaded, texts), preferences(judge, texts))
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -257,13 +297,6 @@ def test_a_checkpoint_without_a_head_is_refused(backbone):
         load_judge(str(backbone))
 
 
-def test_a_prompt_that_fills_the_judges_context_is_refused_and_a_long_response_is_cut(backbone):
-    judge = make(backbone)
-    assert preferences(judge, ["7." * 40, "8."]).shape == (2, 2)
-    with pytest.raises(ValueError, match="leaves no room for a response in its context of 32 tokens"):
-        preferences(judge, ["7.", "8."], prompt="3+4=" * 10)
-
-
 def test_an_object_with_preferences_alone_is_a_judge(tmp_path, monkeypatch):
     source = "class Coin:\n    def preferences(self, prompt, responses):\n        return [[0.5, 0.5], [0.5, 0.5]]\n"
     (tmp_path / "my_object.py").write_text(source)
@@ -306,6 +339,38 @@ def test_the_judge_ends_with_its_best_epoch_and_stops_after_it(backbone):
     assert again["held_out_loss"] == pytest.approx(best["held_out_loss"], abs=1e-6)
 
 
+def test_held_out_accuracy_is_over_all_pairs_with_a_majority_whatever_the_batches(backbone):
+    """Three pairs are decided, one of them alone in a batch of ties: each counts a third."""
+    judge = make(backbone)
+    pairs = [{"prompt": "3+4=", "chosen": "7.", "rejected": "8!", "probability": p} for p in (1.0, 1.0, 0.0, 0.5, 0.5)]
+    expected = 2 / 3 if preferences(judge, ["7.", "8!"])[0, 1] > 0.5 else 1 / 3
+    for batch in (1, 2, 3, 5):
+        assert prefmodel.evaluate_pairs(judge, pairs, batch)["held_out_accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 7])
+def test_micro_batches_take_the_step_of_the_whole_batch(backbone, micro_batch):
+    """7 does not divide 8: parts of 7 and 1, and of 2 in the last batch of 10 pairs. The optimizer is Adam, whose steps
+    would hide a gradient of the wrong scale: so the gradient itself is compared, and the numbers of the steps."""
+    pairs, judges, rows, gradients = noisy_pairs(10, 3), [], [], []
+
+    def gradient_of(size):
+        judge = make(backbone, spread=0.1)
+        stopped = torch.optim.SGD(judge.parameters(), lr=0.0)
+        stopped.zero_grad = lambda **_: gradients.append([p.grad.clone() for p in judge.parameters()])
+        prefmodel.train_step(judge, stopped, pairs[:8], size, 0.0, "step 1")
+
+    for size in (8, micro_batch):
+        gradient_of(size)
+        judges.append(make(backbone, spread=0.1))
+        generator = torch.Generator().manual_seed(0)
+        rows.append(train_preference_model(judges[-1], pairs, 2, 1e-3, 8, generator, micro_batch=size))
+    for whole, part in zip(*gradients):
+        assert torch.allclose(whole, part, rtol=1e-4, atol=1e-6)
+    for whole, part in zip(*rows):
+        assert whole["loss"] == pytest.approx(part["loss"], abs=1e-4) and whole["accuracy"] == part["accuracy"]
+
+
 def test_the_learning_rate_rises_and_falls_over_the_training_steps_alone(backbone):
     """Held-out rows between the steps do not count: 30 steps, a tenth of them rising, the last one a thirtieth of the peak."""
     pairs = noisy_pairs(24, 2)
@@ -325,6 +390,166 @@ def test_a_judge_can_be_trained_in_bfloat16(backbone, tmp_path):
     loaded = PreferenceModel.from_pretrained(tmp_path / "judge")
     assert loaded.scalar_head.weight.dtype == torch.bfloat16
     assert torch.equal(preferences(loaded), preferences(judge))
+
+
+# ------------------------------------------------------------------------------------------------ stopped and continued
+
+
+@pytest.fixture(scope="module")
+def training(backbone, tmp_path_factory):
+    """The flags of a training of 4 epochs, of which each takes 5 steps and a look at held-out pairs; and what it comes to.
+
+    On labels that are coins its second epoch is the best, so that the best weights are older than the last state."""
+    folder = tmp_path_factory.mktemp("training")
+    write_lines(folder / "pairs.jsonl", noisy_pairs(50, 6))
+    flags = ["--pairs", folder / "pairs.jsonl", "--backbone", backbone, "--template", "plain", "--batch", 8, "--epochs", 4]
+    flags = [str(flag) for flag in [*flags, "--held-out", 0.2, "--lr", 1e-2, "--save-minutes", 0]]
+    assert prefmodel.main(["train", *flags, "--out", str(folder / "whole")]) == 0
+    return flags, files_of(folder / "whole")
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".png"}
+
+
+def train_and_be_killed(flags, moment, limit=None):
+    """The body of a child process."""
+    torch.set_num_threads(1)
+    if moment:
+        children.arm(*moment)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.exit(prefmodel.main(["train", *flags]))
+
+
+def end_of(*arguments):
+    """The exit code of a training in a process of its own."""
+    child = children.processes().Process(target=train_and_be_killed, args=arguments)
+    child.start()
+    child.join(60)
+    return child.exitcode
+
+
+def test_the_training_that_is_killed_below_is_best_in_the_middle(training):
+    """In its second epoch of four, each of which has 5 steps and a held-out loss."""
+    rows = [json.loads(line) for line in training[1]["metrics.jsonl"].splitlines()]
+    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    assert len(rows) == 4 * 6 and losses.index(min(losses)) == 1
+
+
+def test_killed_at_random_steps_again_and_again_it_ends_with_the_same_bytes(training, tmp_path):
+    flags, expected = training
+    flags = [*flags, "--out", str(tmp_path / "judge")]
+    draw = random.Random(5)
+    for first in (1, 9, 17):
+        step = draw.randrange(first, first + 7)
+        when = draw.choice(["before", "after"])  # the state has its name
+        assert end_of(flags, (when, f"fit-{step}", 1)) == -signal.SIGKILL
+        kept = [path.name for path in (tmp_path / "judge.unfinished").glob("fit-*") if path.suffix != ".tmp"]
+        assert f"fit-{step if when == 'after' else step - 1}" in (kept or ["fit-0"])
+        assert not (tmp_path / "judge").exists()
+    assert prefmodel.main(["train", *flags]) == 0
+    assert files_of(tmp_path / "judge") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["judge"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_as_the_judge_gets_its_name_it_is_finished_by_the_same_command(training, tmp_path, when):
+    flags, expected = training
+    flags = [*flags, "--out", str(tmp_path / "judge")]
+    assert end_of(flags, (when, "/judge", 1)) == -signal.SIGKILL
+    assert (tmp_path / "judge").exists() == (when == "after")
+    assert prefmodel.main(["train", *flags]) == 0
+    assert files_of(tmp_path / "judge") == expected and [path.name for path in tmp_path.iterdir()] == ["judge"]
+
+
+def test_patience_counts_over_a_kill(training, tmp_path):
+    """Stopped after the last held-out loss that it looked at: nothing is trained any more."""
+    flags = [*training[0], "--patience", "1"]
+    assert prefmodel.main(["train", *flags, "--out", str(tmp_path / "whole")]) == 0
+    expected = files_of(tmp_path / "whole")
+    rows = len(expected["metrics.jsonl"].splitlines())
+    assert rows < 4 * 6
+    assert end_of([*flags, "--out", str(tmp_path / "judge")], ("after", f"fit-{rows}", 1)) == -signal.SIGKILL
+    assert prefmodel.main(["train", *flags, "--out", str(tmp_path / "judge")]) == 0
+    assert files_of(tmp_path / "judge") == expected
+
+
+def test_a_full_disk_ends_a_training_with_code_2_and_the_same_command_continues(training, tmp_path):
+    flags, expected = training
+    flags = [*flags, "--out", str(tmp_path / "judge")]
+    assert end_of(flags, None, 20_000) == 2
+    assert not (tmp_path / "judge").exists()
+    assert prefmodel.main(["train", *flags]) == 0
+    assert files_of(tmp_path / "judge") == expected
+
+
+def interrupt(monkeypatch, step):
+    """Ctrl-C before a step."""
+    take = prefmodel.train_step
+
+    def interrupted(*arguments):
+        if arguments[-1] == f"step {step}":
+            raise KeyboardInterrupt
+        return take(*arguments)
+
+    monkeypatch.setattr(prefmodel, "train_step", interrupted)
+
+
+def test_control_c_says_that_the_same_command_continues_and_other_settings_are_refused(training, tmp_path, capsys, monkeypatch):
+    flags, expected = training
+    flags = ["train", *flags, "--out", str(tmp_path / "judge")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert prefmodel.main(flags) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "judge.unfinished").glob("fit-*")] == ["fit-7"]  # 6 steps, and a held-out loss
+
+    other = tmp_path / "other.jsonl"
+    write_lines(other, noisy_pairs(50, 5))
+    for changed, named in (
+        (["--lr", "2"], "--lr 0.01, now it is 2.0"),
+        (["--pairs", str(other)], "--pairs of SHA-256 [0-9a-f]{16}"),
+    ):
+        assert prefmodel.main([*flags, *changed]) == 2
+        error = capsys.readouterr().err.strip()
+        assert re.search(f"judge.unfinished/config.json: this run was started with {named}", error.splitlines()[-1])
+
+    # A file with the same bytes may lie elsewhere, and what does not change the judge is free.
+    other.write_bytes(Path(flags[flags.index("--pairs") + 1]).read_bytes())
+    assert prefmodel.main([*flags, "--pairs", str(other), "--save-minutes", "inf"]) == 0
+    assert files_of(tmp_path / "judge") == expected
+
+
+def test_micro_batches_may_change_on_the_way(training, tmp_path, monkeypatch):
+    flags = ["train", *training[0], "--out", str(tmp_path / "judge")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert prefmodel.main(flags) == 130
+    assert prefmodel.main([*flags, "--micro-batch", "3"]) == 0
+    lines = [files["metrics.jsonl"].splitlines() for files in (training[1], files_of(tmp_path / "judge"))]
+    for whole, part in zip(*map(lambda rows: map(json.loads, rows), lines), strict=True):
+        key = "loss" if "loss" in whole else "held_out_loss"
+        assert whole[key] == pytest.approx(part[key], abs=0.01)
+
+
+def test_before_anything_is_saved_a_training_may_begin_again_with_other_settings(training, tmp_path, monkeypatch):
+    flags = ["train", *training[0], "--out", str(tmp_path / "judge"), "--save-minutes", "inf"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        assert prefmodel.main(flags) == 130
+    assert [path.name for path in (tmp_path / "judge.unfinished").iterdir()] == ["config.json"]
+    assert prefmodel.main([*flags, "--epochs", "1"]) == 0 and [path.name for path in tmp_path.iterdir()] == ["judge"]
+
+
+def test_a_damaged_state_is_named(training, tmp_path, capsys, monkeypatch):
+    flags = ["train", *training[0], "--out", str(tmp_path / "judge")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert prefmodel.main(flags) == 130
+    (tmp_path / "judge.unfinished/fit-2/1-of-1.safetensors").write_bytes(b"half")
+    assert prefmodel.main(flags) == 2
+    assert "judge.unfinished/fit-2/1-of-1.safetensors: not the state of this fit" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ command line
