@@ -1,8 +1,8 @@
 """Constraints that a program can check: the sentence that asks for one, and the test of a response.
 
 A kind of constraint is a sentence with blanks, `Use at most {n} words.`, the values that may fill
-them, and a function that says of a response whether it obeys. What a prompt asks for is read from
-its text (`constraints_of`), so a judge needs nothing but prompt and response.
+them, and a function that says how nearly a response obeys. What a prompt asks for is read from its
+text (`constraints_of`), so a judge needs nothing but prompt and response.
 
 To add one, write its check and a line in KINDS; a line in HELD_OUT keeps it out of the training
 prompts. Checks are strict, and they see the text only: a sentence is what ends with . ! or ?, so
@@ -24,51 +24,65 @@ def words(text: str) -> list[str]:
 
 # ------------------------------------------------------------------------ the checks
 
-
-def at_most(text: str, n: int) -> bool:
-    return len(words(text)) <= n
+# Each returns how nearly a text obeys, from 0 to 1; only 1 is obeying.
 
 
-def at_least(text: str, n: int) -> bool:
-    return len(words(text)) >= n
+def near(found: int, wanted: int) -> float:
+    return 1 / (1 + abs(found - wanted))
 
 
-def between(text: str, low: int, high: int) -> bool:
-    return low <= len(words(text)) <= high
+def at_most(text: str, n: int) -> float:
+    return min(1.0, n / max(1, len(words(text))))
 
 
-def sentences(text: str, n: int) -> bool:
+def at_least(text: str, n: int) -> float:
+    return min(1.0, len(words(text)) / n)
+
+
+def between(text: str, low: int, high: int) -> float:
+    return min(at_least(text, low), at_most(text, high))
+
+
+def sentences(text: str, n: int) -> float:
     # A number at the start of a line belongs to a list, and ends no sentence.
     text = re.sub(r"(?m)^\s*\d+[.)]\s", "", text)
 
     # What comes after the last mark is one more, unfinished.
     *finished, rest = re.split(r"""[.!?]+["'”’)*]*(?=\s|$)""", text)
-    return len(finished) + bool(words(rest)) == n
+    return near(len(finished) + bool(words(rest)), n)
 
 
-def paragraphs(text: str, n: int) -> bool:
-    return len(re.split(r"\n\s*\n", text.strip())) == n
+def paragraphs(text: str, n: int) -> float:
+    return near(len(re.split(r"\n\s*\n", text.strip())), n)
 
 
-def bullets(text: str, n: int) -> bool:
-    return len(re.findall(r"(?m)^\s*[-*•] +\S", text)) == n
+def bullets(text: str, n: int) -> float:
+    return near(len(re.findall(r"(?m)^\s*[-*•] +\S", text)), n)
 
 
-def numbered(text: str, n: int) -> bool:
+def numbered(text: str, n: int) -> float:
     found = re.findall(r"(?m)^\s*(\d+)[.)] +\S", text)
-    return found == [str(number) for number in range(1, n + 1)]
+    if found == [str(number) for number in range(1, n + 1)]:
+        return 1.0
+    return near(len(found), n) / 2
 
 
-def lowercase(text: str) -> bool:
-    return text == text.lower() != text.upper()  # the second: there are letters
+def letters(text: str) -> list[str]:
+    return [letter for letter in text if letter.lower() != letter.upper()]
 
 
-def capitals(text: str) -> bool:
-    return text == text.upper() != text.lower()
+def lowercase(text: str) -> float:
+    wrong = [letter for letter in letters(text) if letter != letter.lower()]
+    return near(len(wrong), 0) if letters(text) else 0.0
 
 
-def no_commas(text: str) -> bool:
-    return "," not in text
+def capitals(text: str) -> float:
+    wrong = [letter for letter in letters(text) if letter != letter.upper()]
+    return near(len(wrong), 0) if letters(text) else 0.0
+
+
+def no_commas(text: str) -> float:
+    return near(text.count(","), 0)
 
 
 def occurrences(text: str, word: str) -> int:
@@ -76,58 +90,62 @@ def occurrences(text: str, word: str) -> int:
     return len(re.findall(rf"\b{re.escape(word)}\b", text, re.IGNORECASE))
 
 
-def keyword(text: str, word: str, n: int) -> bool:
-    return occurrences(text, word) >= n
+def keyword(text: str, word: str, n: int) -> float:
+    return min(1.0, occurrences(text, word) / n)
 
 
-def forbidden(text: str, word: str) -> bool:
-    return occurrences(text, word) == 0
+def forbidden(text: str, word: str) -> float:
+    return near(occurrences(text, word), 0)
 
 
-def start(text: str, phrase: str) -> bool:
-    return text.lstrip().startswith(phrase)
+def start(text: str, phrase: str) -> float:
+    return 1.0 if text.lstrip().startswith(phrase) else (phrase in text) / 2
 
 
-def end(text: str, phrase: str) -> bool:
-    return text.rstrip().endswith(phrase)
+def end(text: str, phrase: str) -> float:
+    return 1.0 if text.rstrip().endswith(phrase) else (phrase in text) / 2
 
 
-def quotes(text: str) -> bool:
+def quotes(text: str) -> float:
     text = text.strip()
-    return len(text) > 2 and text[0] in '"“' and text[-1] in '"”'
+    if len(text) <= 2:
+        return 0.0
+    return ((text[0] in '"“') + (text[-1] in '"”')) / 2
 
 
-def title(text: str) -> bool:
+def title(text: str) -> float:
     # <<title>> itself only repeats the prompt, and a title alone is no answer.
     answer, found = re.subn(r"<<(?!title>)[^<>\n]*\w[^<>\n]*>>", "", text)
-    return found > 0 and at_least(answer, 5)
+    return ((found > 0) + (found > 0 and len(words(answer)) >= 5)) / 2
 
 
-def json_object(text: str, first: str, second: str) -> bool:
+def json_object(text: str, first: str, second: str) -> float:
     # Models put JSON between ```json and ```, as in a page of documentation.
     text = re.sub(r"^```(?:json|JSON)?\s*\n|\n```$", "", text.strip())
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(value, dict) and value.keys() == {first, second}
+        return text.startswith("{") / 4
+    if not isinstance(value, dict):
+        return 0.0
+    return 1.0 if value.keys() == {first, second} else 0.5
 
 
-def highlights(text: str, n: int) -> bool:
+def highlights(text: str, n: int) -> float:
     # A bullet's asterisk is followed by a space, which a highlight does not begin with.
-    return len(re.findall(r"\*+[^\s*][^*\n]*\*+", text)) >= n
+    return min(1.0, len(re.findall(r"\*+[^\s*][^*\n]*\*+", text)) / n)
 
 
-def placeholders(text: str, n: int) -> bool:
-    return len(re.findall(r"\[[^\[\]\n]*\w[^\[\]\n]*\]", text)) >= n
+def placeholders(text: str, n: int) -> float:
+    return min(1.0, len(re.findall(r"\[[^\[\]\n]*\w[^\[\]\n]*\]", text)) / n)
 
 
-def postscript(text: str) -> bool:
-    return re.search(r"(?m)^\s*P\.S\.,?:? *\w", text) is not None
+def postscript(text: str) -> float:
+    return 1.0 if re.search(r"(?m)^\s*P\.S\.,?:? *\w", text) else ("P.S." in text) / 2
 
 
-def question(text: str) -> bool:
-    return text.rstrip().endswith("?")
+def question(text: str) -> float:
+    return 1.0 if text.rstrip().endswith("?") else ("?" in text) / 2
 
 
 # ------------------------------------------------------------------------ the kinds
@@ -143,7 +161,7 @@ class Kind:
 
     form: str
     takes: frozenset
-    check: Callable[..., bool]
+    check: Callable[..., float]
     values: dict = field(default_factory=dict)
     short: bool = False  # it asks for a short response
 
@@ -257,8 +275,12 @@ class Constraint:
     def text(self) -> str:
         return self.kind.form.format(**self.arguments)
 
-    def satisfied(self, response: str) -> bool:
+    def nearness(self, response: str) -> float:
+        """How nearly a response obeys, from 0 to 1."""
         return self.kind.check(response, **self.arguments)
+
+    def satisfied(self, response: str) -> bool:
+        return self.nearness(response) == 1
 
 
 def constraints_of(prompt: str) -> list[Constraint]:

@@ -7,8 +7,8 @@ A prompt is a topic with one or two constraints, "Explain how bees make honey. U
 words." (real/prompts.py, real/constraints.py); the judge is a rule over the texts of prompt and
 response (real/rule.py). The loop is train.py's, and so are the flags; their defaults here are a
 recipe for a model of 135M parameters. Then the base model, the policy of every round and the
-rounds' average are measured (real/measurement.py), on the training prompts, on held-out topics, and
-on held-out kinds of constraint.
+rounds' average are measured (real/measurement.py), on held-out topics, and on held-out kinds of
+constraint.
 
     OUT/prompts.jsonl, round-01/, ...     the training prompts, and the run, as train.py leaves it
     OUT/measure/base.jsonl, ...           what each policy answered
@@ -25,22 +25,25 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from engine.command import add_flags, check_settings, exit_code
 from engine.files import read_lines, write_json, write_lines, write_text
 from real import measurement
-from real.prompts import SPLITS, draw_prompts
+from real.prompts import SPLITS, draw_prompts, shuffled
 from real.rule import level, preferences
 from sppo import setting
 from train import TrainConfig, check, run
 
-# bfloat16 weights are updated with stochastic rounding (engine/optim.py). Every round sees all the
-# prompts: they are few, and the policy that answers them is another one each time.
+# Every round has prompts of its own, and sees each of them once: a second epoch would fit samples,
+# not preferences (a step moves the likelihood of what it has seen by nats). A batch is as large as
+# that: in smaller ones, responses only became longer. bfloat16 weights are updated with stochastic
+# rounding (engine/optim.py).
 RECIPE = dict(
     policy="out/smollm2", judge="real.instructions:rule", out="out/smollm2-instructions",
-    rounds=4, samples=6, reuse_prompts=True, select="best-worst", eta=15.0,
-    optimizer="adamw", lr=6e-6, epochs=2, batch=8, micro_tokens=1024,
+    rounds=6, samples=8, select="best-worst", eta=15.0, temperature=0.7,
+    optimizer="adamw", lr=8e-5, epochs=1, batch=32, micro_tokens=2048,
     max_new_tokens=96, pool=192, save_minutes=2.0, dtype="bfloat16",
 )  # fmt: skip
 
@@ -50,7 +53,7 @@ class PromptConfig:
     """What is drawn and measured; the flags that train.py does not have."""
 
     training_prompts: int = setting(96, "prompts of a round", low=1, high=500)
-    held_out_prompts: int = setting(60, "of each held-out split", low=1, high=500)
+    held_out_prompts: int = setting(96, "of each held-out split", low=1, high=500)
     measured: int = setting(2, "responses of each policy to each prompt", low=1)
 
 
@@ -86,11 +89,17 @@ def play(config: TrainConfig, counts: PromptConfig) -> None:
 
     # Drawn anew when a run is continued: they are a function of the seed.
     out = Path(config.out)
-    sizes = [counts.training_prompts, counts.held_out_prompts, counts.held_out_prompts]
-    prompts = {split: draw_prompts(split, n, config.seed) for split, n in zip(SPLITS, sizes)}
-    write_prompts(Path(config.prompts), prompts["training"])
+    drawn = counts.training_prompts * (1 if config.reuse_prompts else config.rounds)
+    training = draw_prompts("training", drawn, config.seed)
+    # A round takes every T-th prompt, so kinds of constraint must not come in turn.
+    training = shuffled(training, torch.Generator().manual_seed(config.seed))
+    write_prompts(Path(config.prompts), training)
     run(config)
 
+    held_out = [split for split in SPLITS if split != "training"]
+    prompts = {
+        split: draw_prompts(split, counts.held_out_prompts, config.seed) for split in held_out
+    }
     records = measurement.ask_policies(config, prompts, counts.measured)
     result = measurement.summarize(records)
     write_json(out / "measure.json", result)

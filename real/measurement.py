@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, prepare_prompts
 from engine.files import append_line, read_lines, write_lines
-from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, write_figure
+from engine.figures import BLUE, GREEN, ORANGE, PINK, new_figure, write_figure
 from engine.run_folder import peak_memory, policy_folder
 from model import Transformer
 from real import rule
@@ -34,9 +34,7 @@ from train import TextGame, TrainConfig
 STAGE = 3  # the random numbers of measuring; a round of train.py draws those of stages 0 to 2
 RESAMPLES = 2000
 SAMPLES = 10  # prompts on the page of samples
-LABELS = {
-    "training": "training prompts", "topics": "held-out topics", "kinds": "held-out constraints"
-}  # fmt: skip
+LABELS = {"topics": "held-out topics", "kinds": "held-out constraints"}
 
 # ------------------------------------------------------------------------ asking the policies
 
@@ -264,7 +262,7 @@ def draw(result: dict, path: Path) -> None:
     policies = [result["base"], *result["rounds"]]
     rounds = range(len(policies))
     aside = len(policies)  # where the average stands
-    looks = dict(zip(LABELS, ((GREY, "D"), (BLUE, "o"), (ORANGE, "s"))))
+    looks = dict(zip(LABELS, ((BLUE, "o"), (ORANGE, "s"))))
 
     for index, (split, (colour, marker)) in enumerate(looks.items()):
         rows = [policy[split] for policy in policies]
@@ -273,7 +271,7 @@ def draw(result: dict, path: Path) -> None:
         hollow = style | dict(markerfacecolor="none")
 
         # Side by side, so that no interval hides another.
-        shift = 0.09 * (index - 1)
+        shift = 0.1 * (index - 0.5)
         places = [number + shift for number in rounds]
         whiskers(left, places, rows, "pass", capsize=3, label=LABELS[split], **style)
         whiskers(left, [aside + shift], mixed, "pass", capsize=3, **hollow)

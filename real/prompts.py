@@ -206,7 +206,7 @@ def fill(name: str, topic: Topic, generator: torch.Generator) -> Constraint:
 def draw_prompts(split: str, count: int, seed: int) -> list[str]:
     """`count` different prompts of a split; all its kinds and topics take turns.
 
-    Every second one has a second constraint, of another kind of the split that goes with the first.
+    Every fourth one has a second constraint, of another kind of the split that goes with the first.
     """
     text, kinds = SPLITS[split]
     generator = torch.Generator().manual_seed(seed)
@@ -222,7 +222,7 @@ def draw_prompts(split: str, count: int, seed: int) -> list[str]:
         chosen = [fill(name, topic, generator)]
 
         others = [other for other in kinds if not KINDS[other].takes & KINDS[name].takes]
-        if turn % 2 and others:
+        if turn % 4 == 3 and others:
             chosen.append(fill(pick(others, generator), topic, generator))
         prompt = " ".join([topic.task, *(constraint.text for constraint in chosen)])
         prompts[prompt] = None  # a set that keeps its order

@@ -2,11 +2,14 @@
 
     1. degenerate text loses to everything: next to no words, repetition, a copy of the prompt
     2. more of the prompt's constraints satisfied
-    3. on the topic
-    4. ended, not cut
+    3. nearer to the constraints that are not satisfied: one comma, not five
+    4. on the topic
+    5. ended, not cut
 
-The first line on which two responses differ decides, with probability 0.95; if none does, they tie.
-So preferences are transitive, by levels. Nothing here knows whether what a response says is true.
+The first line on which two responses differ decides. The higher the line, the surer the win: 0.95
+where one is degenerate or obeys more, 0.7 if it is nearer or on the topic, 0.65 if it ended; they
+tie if nothing differs. Preferences are transitive, but a response may win by more or by less, which
+soft win rates can tell. Nothing here knows whether what a response says is true.
 """
 
 import functools
@@ -19,7 +22,6 @@ from torch import Tensor
 from real.constraints import constraints_of, words
 from real.prompts import topic_of
 
-SURE = 0.95
 FEWEST_WORDS = 5
 DISTINCT = 0.7  # the least share of distinct bigrams
 COPIED = 0.4  # the largest share of trigrams that stand in the prompt
@@ -31,8 +33,12 @@ class Level(NamedTuple):
 
     sound: int
     satisfied: int  # constraints
+    near: float  # summed over the constraints
     on_topic: int
     ended: int
+
+
+SURE = Level(sound=0.95, satisfied=0.95, near=0.7, on_topic=0.7, ended=0.65)
 
 
 def ngrams(tokens: list[str], n: int) -> list[tuple]:
@@ -120,17 +126,24 @@ def satisfied(prompt: str, response: str) -> list[bool]:
 
 def level(prompt: str, response: str) -> Level:
     if degenerate(prompt, response):
-        return Level(0, 0, 0, 0)
-    kept = sum(satisfied(prompt, response))
-    return Level(1, kept, int(on_topic(prompt, response)), int(ended(prompt, response)))
+        return Level(0, 0, 0, 0, 0)
+    near = [constraint.nearness(response) for constraint in constraints_of(prompt)]
+    kept = near.count(1)
+    topic = int(on_topic(prompt, response))
+    return Level(1, kept, sum(near), topic, int(ended(prompt, response)))
 
 
 def preferences(levels: list[Level]) -> Tensor:
     """(K, K) P(i beats j)."""
-    # Tuples compare by their first difference.
-    ranks = sorted(set(levels))
-    rank = torch.tensor([float(ranks.index(level)) for level in levels])
-    return 0.5 + (SURE - 0.5) * torch.sign(rank[:, None] - rank)
+    return torch.tensor([[probability(one, other) for other in levels] for one in levels])
+
+
+def probability(one: Level, other: Level) -> float:
+    """P(one beats other), decided by the first difference."""
+    for mine, yours, sure in zip(one, other, SURE):
+        if mine != yours:
+            return sure if mine > yours else 1 - sure
+    return 0.5
 
 
 def quality(prompt: str, response: str) -> float:

@@ -84,7 +84,7 @@ def test_a_check_tells_which_texts_obey(name):
     arguments, passing, failing = CHECKS[name]
     constraint = Constraint(name, arguments)
     assert [text for text in passing if not constraint.satisfied(text)] == []
-    assert [text for text in failing if constraint.satisfied(text)] == []
+    assert [text for text in failing if not 0 <= constraint.nearness(text) < 1] == []
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -162,10 +162,24 @@ DEGENERATE = {
 
 def test_the_rule_is_a_ladder():
     levels = [rule.level(PROMPT, text) for text in LADDER]
-    assert levels == [(1, 2, 1, 1), (1, 2, 1, 0), (1, 2, 0, 1), (1, 1, 1, 1), (1, 0, 1, 1)]
+    assert [(level.sound, level.satisfied, level.on_topic, level.ended) for level in levels] == [
+        (1, 2, 1, 1),
+        (1, 2, 1, 0),
+        (1, 2, 0, 1),
+        (1, 1, 1, 1),
+        (1, 0, 1, 1),
+    ]
     table = load_judge("real.instructions:rule").preferences(PROMPT, LADDER)
-    above = torch.ones(5, 5).triu(1)
-    assert torch.allclose(table, 0.5 + 0.45 * (above - above.T))
+    assert table[0].tolist() == pytest.approx([0.5, 0.65, 0.7, 0.95, 0.95])  # an end, the topic, constraints
+    assert table[3].tolist() == pytest.approx([0.05, 0.05, 0.05, 0.5, 0.95])
+    assert torch.allclose(table + table.T, torch.ones(5, 5))
+
+
+def test_of_two_that_do_not_obey_the_nearer_one_wins_by_a_little():
+    prompt = "Explain how bees make honey. Do not use any commas."
+    one = "Bees collect nectar from a flower, and keep it in the hive."
+    two = "Bees collect nectar from a flower, then carry it, and keep it in the hive."
+    assert rule.preferences([rule.level(prompt, text) for text in (one, two)])[0, 1] == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("text", DEGENERATE.values(), ids=DEGENERATE)
@@ -256,9 +270,9 @@ def test_numbers_of_small_records_are_those_worked_out_by_hand():
     assert base["degenerate"] == 0.25 and first["degenerate"] == 0 and average["degenerate"] == 0.5
     assert first["gain"] == pytest.approx(0.25) and base["gain"] == 0 and base["gain_interval"] == [0, 0]
 
-    # GOOD against GOOD and OFF_TOPIC: ½ and .95; against NONE_OF_TWO and "": .95, as CUT.
+    # GOOD against GOOD and OFF_TOPIC: ½ and .7; against NONE_OF_TWO and "": .95, as CUT.
     assert base["win_rate"] == pytest.approx(0.5)
-    assert first["win_rate"] == pytest.approx((0.725 + 0.95) / 2)
+    assert first["win_rate"] == pytest.approx((0.6 + 0.95) / 2)
     assert first["log_likelihood"] == pytest.approx(-(8 + 16) / 8) and base["log_likelihood"] == -2
     assert first["tokens"] == 4 and first["tokens_unless_short"] == 0
     assert result["rounds"][0]["kinds"]["tokens_unless_short"] == 4
@@ -332,7 +346,7 @@ def test_the_command_leaves_what_it_says(whole):
     assert (whole / "measure.png").read_bytes().startswith(b"\x89PNG")
 
     result = read_json(whole / "measure.json")
-    assert result["prompts"] == {"training": 4, "topics": 3, "kinds": 3} and len(result["rounds"]) == 2
+    assert result["prompts"] == {"topics": 3, "kinds": 3} and len(result["rounds"]) == 2
     assert result["base"]["topics"]["win_rate"] == pytest.approx(0.5)
     assert -8 < result["base"]["topics"]["log_likelihood"] < -3  # log 99 = 4.6
     page = (whole / "samples.md").read_text()
@@ -352,7 +366,7 @@ def test_the_record_has_the_log_likelihood_of_the_base(whole, chat_model):
                 mask = torch.arange(tokens.shape[1])[None] >= len(prompt)
                 assert sequence_logps(base(tokens), tokens, mask).item() == pytest.approx(logp, rel=0.01)
                 compared += 1
-    assert compared > 10
+    assert compared > 6
 
 
 MOMENTS = {  # a process is killed at its n-th write of such a file
