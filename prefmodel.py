@@ -402,7 +402,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(command, JudgeConfig)
     args = parser.parse_args(arguments)
     stopped = "stopped; the same command continues after the last saved step"
-    return exit_code("prefmodel.py", lambda: train(args), stopped)
+    inputs = (args.pairs, args.backbone)
+    return exit_code("prefmodel.py", lambda: train(args), stopped, args.out, inputs)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ stage when the same command is given again, to the same numbers.
 """
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -421,7 +422,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise
             raise ConnectionError(f"another process of this run is gone; {continues}") from None
 
-    return exit_code("train.py", work, f"stopped; {continues}")
+    # Of several processes the first one owns the folder.
+    out = config.out if os.environ.get("RANK", "0") == "0" else None
+    inputs = (config.policy, config.prompts, config.judge, config.opponents, config.reference)
+    return exit_code("train.py", work, f"stopped; {continues}", out, inputs)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("answers", nargs="+", help="files that real.ifeval wrote, the base's first")
     parser.add_argument("--out", help="JSON to write")
     args = parser.parse_args()
-    return exit_code("score_ifeval", lambda: score(args.answers, args.out))
+    return exit_code("score_ifeval", lambda: score(args.answers, args.out), out=args.out, inputs=args.answers)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import Field, fields
+
+from engine.lock import owned
 
 
 def flag(name: str) -> str:
@@ -69,13 +72,18 @@ def check_settings(values, settings: type) -> None:
             raise ValueError(f"{flag(field.name)} is {value}, expected {expected}")
 
 
-def exit_code(name: str, work: Callable[[], object], stopped: str = "stopped") -> int:
+def exit_code(
+    name: str, work: Callable[[], object], stopped: str = "stopped", out=None, inputs: tuple = ()
+) -> int:
     """Call `work`. 0; or 2 where the user's input was wrong or a file could not be read or written;
     or 130 after Ctrl-C.
+
+    `out`, where the command writes, is its own for so long, and none of its `inputs` (lock.owned).
     """
     # Anything else is a mistake of ours, and keeps its traceback.
     try:
-        work()
+        with owned(out, *inputs) if out else nullcontext():
+            work()
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -4,7 +4,10 @@ all.
 
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +81,47 @@ def require_empty(path: str | Path) -> Path:
     return path
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody has: .HOST-PID-RANDOM.NAME.tmp."""
+    # In the same folder, so that a rename crosses no file system.
+    maker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{maker}.{path.name}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what processes that were killed here left beside `path`, and inside of it."""
+    host = re.escape(socket.gethostname())
+    for found in [*path.parent.glob(f".*.{path.name}.tmp"), *path.rglob(".*.tmp")]:
+        maker = re.match(rf"\.{host}-(\d+)-[0-9a-f]{{8}}\.", found.name)
+        if maker and not alive(int(maker[1])):
+            remove(found)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder and all that is in it, to the disk."""
+    for part in [*path.rglob("*"), path]:
+        flush(part)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name to write a file or a new folder under; it gets its real name only when
@@ -91,14 +135,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     if path.is_dir():
         require_empty(path)
 
-    # In the same folder, so that the rename crosses no file system.
-    temporary = path.with_name(path.name + ".tmp")
-    remove(temporary)
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
 
     try:
         yield temporary
+        sync(temporary)  # or a power cut could leave the name without the content
         os.replace(temporary, path)
+        flush(path.parent)
     except OSError as error:
         remove(temporary)
         raise OSError(

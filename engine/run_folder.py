@@ -113,14 +113,8 @@ def together(path: str | Path) -> Iterator[Path]:
     """files.atomic_write for all processes: one temporary name, into which each may write, and the
     main one renames it.
     """
-    path = Path(path).absolute()
-    with (
-        atomic_write(path)
-        if is_main()
-        else nullcontext(path.with_name(path.name + ".tmp")) as temporary
-    ):
-        barrier()  # what an interrupted run had left there is gone
-        yield temporary
+    with atomic_write(path) if is_main() else nullcontext() as temporary:
+        yield Path(broadcast(str(temporary)))
         barrier()  # all have written
     barrier()
 

@@ -512,6 +512,12 @@ class Distill:
     lr: float = setting(1e-4, "at the first step, falls to zero", low=1e-12, high=1e3)
 
 
+INPUTS = (
+    "policy", "against", "run_folder", "prompts", "judge", "pairs", "annotations", "difficulty",
+    "gamed",
+)  # fmt: skip
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m evaluate",
@@ -638,7 +644,10 @@ def main(arguments: list[str] | None = None) -> int:
         check(args)
         args.run(args)
 
-    return exit_code("evaluate", work)
+    # `chat` has no --out, and the pairs that it adds to are its output.
+    out = getattr(args, "out", None)
+    inputs = [getattr(args, name, None) for name in INPUTS] if out else []
+    return exit_code("evaluate", work, out=out, inputs=inputs)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", required=True, help="folder of the run")
     parser.add_argument("--out", required=True, help="JSON to write")
     args = parser.parse_args(arguments)
-    return exit_code("real.ability", lambda: measure(args))
+    inputs = (args.base, args.run)
+    return exit_code("real.ability", lambda: measure(args), out=args.out, inputs=inputs)
 
 
 if __name__ == "__main__":

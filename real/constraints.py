@@ -247,16 +247,12 @@ KINDS = {
     "question": kind("Let your last sentence be a question.", "last", question),
 }  # fmt: skip
 
-# No training prompt has one of these.
+# No training prompt has one of these. Three of them, `lowercase`, `end` and `quotes`, the base
+# obeys in 2 % of its samples: where no two samples differ, there is nothing to prefer.
 HELD_OUT = (
-    "between",
-    "numbered",
-    "capitals",
-    "highlights",
-    "placeholders",
-    "postscript",
+    "between", "lowercase", "capitals", "end", "quotes", "highlights", "placeholders", "postscript",
     "question",
-)
+)  # fmt: skip
 TRAINING = tuple(name for name in KINDS if name not in HELD_OUT)
 
 

@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(parser, Sampling, temperature=0.0, max_new_tokens=256)
     parser.set_defaults(command="ifeval")  # a part of the random seed
     args = parser.parse_args(arguments)
-    return exit_code("real.ifeval", lambda: answer(args))
+    inputs = (args.policy, args.prompts)
+    return exit_code("real.ifeval", lambda: answer(args), out=args.out, inputs=inputs)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ from train import TrainConfig, check, run
 # rounding (engine/optim.py).
 RECIPE = dict(
     policy="out/smollm2", judge="real.instructions:rule", out="out/smollm2-instructions",
-    rounds=6, samples=8, select="best-worst", eta=15.0, temperature=0.7,
-    optimizer="adamw", lr=8e-5, epochs=1, batch=32, micro_tokens=2048,
+    rounds=8, samples=8, select="best-worst", eta=15.0, temperature=0.7,
+    optimizer="adamw", lr=6e-5, epochs=1, batch=32, micro_tokens=1024,
     max_new_tokens=96, pool=192, save_minutes=2.0, dtype="bfloat16",
 )  # fmt: skip
 
@@ -129,7 +129,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[TrainConfig, Pr
 def main(arguments: list[str] | None = None) -> int:
     config, counts = parse_arguments(arguments)
     continues = f"the same command continues in {config.out}"
-    return exit_code("real.instructions", lambda: play(config, counts), f"stopped; {continues}")
+    inputs = (config.policy, config.judge)
+    work = lambda: play(config, counts)  # noqa: E731
+    return exit_code("real.instructions", work, f"stopped; {continues}", config.out, inputs)
 
 
 if __name__ == "__main__":

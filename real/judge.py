@@ -224,7 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_flags(parser, JudgeConfig, FLAGS, **RECIPE)
     args = parser.parse_args(arguments)
     stopped = f"stopped; the same command continues in {args.out}"
-    return exit_code("real.judge", lambda: play(args), stopped)
+    inputs = (args.pandalm, args.llmbar, args.policy)
+    return exit_code("real.judge", lambda: play(args), stopped, args.out, inputs)
 
 
 if __name__ == "__main__":

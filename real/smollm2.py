@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("out/smollm2"), help="the new folder")
     args = parser.parse_args(arguments)
-    return exit_code("real.smollm2", lambda: make(args.out))
+    return exit_code("real.smollm2", lambda: make(args.out), out=args.out)
 
 
 if __name__ == "__main__":

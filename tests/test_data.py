@@ -335,14 +335,6 @@ def test_a_folder_is_written_over_an_empty_one_but_never_over_a_full_one(tmp_pat
     assert [p.name for p in path.iterdir()] == ["a"] and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_writer_left_behind_is_cleared_away(tmp_path):
-    (tmp_path / "file.tmp").mkdir()
-    (tmp_path / "file.tmp/part").write_text("")
-    with atomic_write(tmp_path / "file") as temporary:
-        temporary.write_text("new")
-    assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "file.tmp").exists()
-
-
 def test_folders_above_a_file_are_made(tmp_path):
     write_lines(tmp_path / "a/b/c.jsonl", [{"x": 1}])
     assert (tmp_path / "a/b/c.jsonl").read_text() == '{"x": 1}\n'

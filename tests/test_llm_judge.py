@@ -252,7 +252,7 @@ def test_the_rubric_and_extra_reach_the_server_and_null_takes_out(model, make):
 def test_questions_in_flight_are_bounded(model, make):
     model.delay = 0.02
     make(parallel=3).preferences("p", list("abcdef"))
-    assert model.calls == 30 and model.busiest == 3
+    assert model.calls == 30 and 2 <= model.busiest <= 3
 
 
 # ------------------------------------------------------------------------------------------------ what is kept
