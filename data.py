@@ -72,9 +72,9 @@ class Tokenizer:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError if there are tokens that a model of this vocab_size has no embedding for."""
-        count = self.backend.get_vocab_size(with_added_tokens=True)
-        if count > vocab_size:
-            sizes = f"{count} tokens, but the model's vocab_size is {vocab_size}"
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        if max(ids, default=-1) >= vocab_size:
+            sizes = f"token {max(ids)}, but the model's vocab_size is {vocab_size}"
             raise ValueError(f"{self.folder}: tokenizer.json has {sizes}")
 
     def encode(self, text: str) -> list[int]:

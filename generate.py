@@ -96,9 +96,13 @@ def pool_shape(config, rows: int, positions: int, cache_bytes: int | None, dtype
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Next tokens (R,) from logits (R, V) and uniform numbers (R,) in [0, 1)."""
+    """Next tokens (R,) from logits (R, V) and uniform numbers (R,) in [0, 1).
+
+    -1 in a row whose logits are not finite: a comparison here would wait for the device.
+    """
     if temperature == 0:
-        return logits.argmax(-1)
+        best, token = logits.max(-1)
+        return token.masked_fill(~best.isfinite(), -1)
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     probability = logits.softmax(-1)
     if top_p == 1:
@@ -108,7 +112,7 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: flo
     probability, token = probability.sort(descending=True, stable=True)
     before = probability.cumsum(-1) - probability
     choice = invert_cumulative(probability.masked_fill(before >= top_p, 0.0), uniform)
-    return token.gather(1, choice[:, None])[:, 0]
+    return token.gather(1, choice.clamp(min=0)[:, None])[:, 0].masked_fill(choice < 0, -1)
 
 
 def invert_cumulative(weight: Tensor, uniform: Tensor) -> Tensor:
@@ -120,12 +124,14 @@ def invert_cumulative(weight: Tensor, uniform: Tensor) -> Tensor:
     cumulative = F.pad(blocks.sum(-1).double().cumsum(-1), (1, 0))
     target = uniform[:, None].double() * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, target, right=True) - 1  # (R, 1)
+    block = block.clamp(max=blocks.shape[1] - 1)  # a NaN is found after everything
 
     inside = blocks[torch.arange(R, device=weight.device), block[:, 0]].double().cumsum(-1)
     index = torch.searchsorted(inside, target - cumulative.gather(1, block), right=True)
     # Rounding must not lead past the last index that has a weight.
     last = torch.searchsorted(inside, inside[:, -1:].contiguous())
-    return (block * blocks.shape[2] + index.minimum(last))[:, 0]
+    index = (block * blocks.shape[2] + index.minimum(last))[:, 0]
+    return index.masked_fill(~cumulative[:, -1].isfinite(), -1)
 
 
 def draw_seeds(prompts: int, samples: int, generator=None) -> list[list[int]]:
@@ -266,7 +272,8 @@ class Pool:
         if not self.record:
             return token, None
         logits = logits.float()
-        return token, logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        chosen = logits.gather(1, token.clamp(min=0)[:, None])[:, 0]
+        return token, chosen - logits.logsumexp(-1)
 
     def reach(self, rows) -> int:
         """How many positions these rows need, with their last tokens."""
@@ -278,6 +285,10 @@ class Pool:
         logps = logps.tolist() if self.record else itertools.repeat(None)
         for row, value, logp in zip(rows, token.tolist(), logps):
             response = self.writing[row]
+            if value < 0:
+                place = f"after {len(response.prompt) + len(response.tokens)} tokens"
+                cause = "its weights, or --temperature, are out of bounds"
+                raise ValueError(f"the policy's logits are not finite, {place}: {cause}")
             response.tokens.append(value)
             response.logps.append(logp)
             if value in self.stop_tokens or len(response.tokens) == self.max_new_tokens:

@@ -6,7 +6,6 @@ V vocabulary, D width, H query heads, G key/value heads, Dh head size.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.checkpoint import DTYPES, SHARD_BYTES, load_pretrained, save_checkpoint
 from engine.files import atomic_write, read_json
+from engine.schema import check, check_kinds, check_sizes
 
 # What a config.json means by leaving out a key: transformers' own defaults, of all and of each.
 DEFAULTS = dict(
@@ -90,6 +90,8 @@ class ModelConfig:
         dtype = values["dtype"]
         check(path, "dtype", dtype, dtype in DTYPES, f"one of {', '.join(DTYPES)}")
 
+        check_kinds(path, values)
+
         # What follows from other sizes may be left out.
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         check_sizes(path, values, *sizes, "num_attention_heads")
@@ -99,6 +101,7 @@ class ModelConfig:
         check_sizes(path, values, "num_key_value_heads", "head_dim", "max_position_embeddings")
         G = values["num_key_value_heads"]
         check(path, "num_key_value_heads", G, H % G == 0, f"a divisor of num_attention_heads = {H}")
+        check(path, "head_dim", values["head_dim"], values["head_dim"] % 2 == 0, "an even number")
         return cls(**values)
 
     @property
@@ -113,21 +116,12 @@ class ModelConfig:
         return fixed | dataclasses.asdict(self)
 
 
-def check(path, key: str, value, fits: bool, expected: str) -> None:
-    if not fits:
-        raise ValueError(f"{path}: {key} is {json.dumps(value)}, expected {expected}")
-
-
-def check_sizes(path, values: dict, *keys: str) -> None:
-    for key in keys:
-        size = values.get(key)
-        check(path, key, size, isinstance(size, int) and size >= 1, "a positive integer")
-
-
 def check_architecture(path, raw: dict) -> dict:
     """rope_theta, if it is nested, and rope_scaling. ValueError names what cannot be computed."""
     kind = raw.get("model_type")
     check(path, "model_type", kind, kind in FAMILIES, " or ".join(FAMILIES))
+    quantized = raw.get("quantization_config")
+    check(path, "quantization_config", quantized, not quantized, "none: convert the weights")
     activation = raw.get("hidden_act", "silu")
     check(path, "hidden_act", activation, activation == "silu", '"silu"')
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
@@ -137,6 +131,8 @@ def check_architecture(path, raw: dict) -> dict:
     for key in ("rope_scaling", "rope_parameters"):  # the old and the new name
         rope = raw.get(key) or {}
         check(path, key, rope, isinstance(rope, dict), "an object")
+        layered = any(isinstance(value, dict) for value in rope.values())
+        check(path, key, rope, not layered, "one for all layers")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
         kind = rope.get("rope_type", rope.get("type", "default"))

@@ -6,7 +6,6 @@ Until the judge is finished, its training is kept in DIR.unfinished: the same co
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -22,7 +21,7 @@ from data import TEMPLATES, Tokenizer, pad, read_pairs
 from engine.checkpoint import DTYPES, check_device, load_pretrained, load_weights, save_checkpoint
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import GREY, ORANGE, SKY, new_figure, write_figure
-from engine.files import atomic_write, read_json, remove, require_empty, write_lines
+from engine.files import atomic_write, fingerprint, read_json, remove, require_empty, write_lines
 from engine.run_folder import Saver, claim
 from model import Decoder, ModelConfig, initialize
 from sppo import optimizer_step, setting
@@ -331,7 +330,8 @@ def train(args: argparse.Namespace) -> None:
     )
     saver = Saver(unfinished, args.save_minutes)
     claim_folder(saver, args)
-    with tqdm(total=args.epochs * len(pairs), unit="pair", desc="train judge") as progress:
+    total = args.epochs * len(pairs)
+    with tqdm(total=total, unit="pair", desc="train judge") as progress, saver:
         steps = train_preference_model(
             judge, pairs, args.epochs, args.lr, args.batch, generator,
             progress, held_out, args.patience, args.micro_batch, saver,
@@ -358,9 +358,9 @@ def claim_folder(saver: Saver, args: argparse.Namespace) -> None:
     settings = {field.name: getattr(args, field.name) for field in fields(JudgeConfig)}
     defaults = {field.name: field.default for field in fields(JudgeConfig)}
     free = {field.name for field in fields(JudgeConfig) if field.metadata.get("free")}
-    digest = hashlib.sha256(Path(args.pairs).read_bytes()).hexdigest()[:16]
-    files = {"backbone": args.backbone, "pairs": f"of SHA-256 {digest}"}
-    claim(saver.folder, settings | files, defaults, free)
+    files = {"backbone": args.backbone, "pairs": args.pairs}
+    content = {name: fingerprint(path) for name, path in files.items()}
+    claim(saver.folder, settings | files, defaults, free, content)
 
 
 def print_losses(out: Path, steps: list[dict], pairs: int, held_out: int) -> None:

@@ -25,20 +25,21 @@ from engine import distributed
 from engine.checkpoint import DTYPES, check_device, load_weights
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import draw_curves
+from engine.files import fingerprint
+from engine.memory import peak_memory
 from engine.optim import rounding_optimizer
 from engine.run_folder import (
     Metrics,
     RecordedGame,
     claim,
     finished,
-    peak_memory,
     policy_folder,
     read_responses,
     round_folder,
 )
 from generate import SamplingConfig, draw_seeds, generate
 from judges.base import judge_in_batches
-from judges.load import load_judge, probe
+from judges.load import judge_fingerprint, load_judge, probe
 from model import ModelConfig, Transformer
 from sppo import (
     PAIR_LOSSES,
@@ -144,6 +145,9 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"--{name} is missing")
     check_settings(config, TrainConfig)
 
+    # Its numbers end at 65,504, and a gradient of a sum over tokens is often larger.
+    if config.dtype == "float16":
+        raise ValueError("--dtype float16 is for inference; train in bfloat16 or float32")
     epochs = config.epochs
     if config.schedule_epochs is not None and config.schedule_epochs < epochs:
         found = f"--schedule-epochs is {config.schedule_epochs}"
@@ -241,7 +245,8 @@ class TextGame(Game):
             return win_rate
         if config.reuse_prompts:
             path = round_folder(config.out, self.number - 1) / "responses.jsonl"
-            earlier = read_responses(path, prompts)
+            vocabulary = self.policy.config.vocab_size
+            earlier = read_responses(path, prompts, config.samples, vocabulary)
         else:  # that round saw other prompts, so its policy answers these now
             folder = policy_folder(config, self.number - 1)
             earlier = self.with_weights(folder, lambda: self.sample(prompts, stage=2))
@@ -343,7 +348,14 @@ def claim_folder(config: TrainConfig) -> None:
     settings.pop("out")  # a run does not say where it is
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     free = {field.name for field in fields(TrainConfig) if field.metadata.get("free")}
-    distributed.on_main(lambda: claim(config.out, settings, defaults, free | {"out"}))
+
+    def work():
+        paths = ("policy", "prompts", "opponents", "reference")
+        content = {name: fingerprint(getattr(config, name)) for name in paths}
+        content["judge"] = judge_fingerprint(config.judge)
+        claim(config.out, settings, defaults, free | {"out"}, content)
+
+    distributed.on_main(work)
 
 
 def run(config: TrainConfig) -> list[dict]:

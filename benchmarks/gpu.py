@@ -33,7 +33,7 @@ from engine.checkpoint import check_device, uninitialized  # noqa: E402
 from engine.command import exit_code  # noqa: E402
 from engine.costs import GPUS, multiplied, pairrm_flops, parameters  # noqa: E402
 from engine.files import read_json, remove, require_empty, write_json, write_text  # noqa: E402
-from engine.run_folder import out_of_memory  # noqa: E402
+from engine.memory import out_of_memory  # noqa: E402
 from generate import generate, position_bytes  # noqa: E402
 from judges.pairrm import PairRM, PairRMConfig  # noqa: E402
 from model import ModelConfig, Transformer, initialize  # noqa: E402

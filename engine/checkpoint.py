@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine.distributed import gather_to_main, is_main, local_part
-from engine.files import read_json, write_json
+from engine.files import as_others, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = ("F32", "BF16", "F16")  # what weights may be stored as
 SHARD_BYTES = 5 * 10**9  # largest file that is written
 BLOCK_BYTES = 2**24  # of a tensor, read at a time
 
@@ -126,7 +127,17 @@ def load_weights(module: nn.Module, folder: str | Path, prefix: str = "", unused
             part = own[start : start + rows]
             tensor = find_tensor(file, path, name, tuple(parameter.shape))
             part.copy_(tensor[begin + start : begin + start + len(part)])
+            check_finite(part, f"{path}: tensor {name}")
             read += part.nbytes
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """ValueError if a tensor has an infinity or NaN; several processes have a part each."""
+    # Both ends are NaN if any number is, and no memory is needed.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        wrong = int((~tensor.isfinite()).sum())
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} has {wrong} numbers that are not finite (as {dtype})")
 
 
 def check_names(parameters: dict, files: dict, folder, unused: tuple) -> None:
@@ -148,6 +159,9 @@ def find_tensor(file, path: Path, name: str, shape: tuple):
     except SafetensorError:
         raise ValueError(f"{path}: tensor {name} is missing, but the index has it here") from None
 
+    dtype = tensor.get_dtype()
+    if dtype not in STORED:
+        raise ValueError(f"{path}: tensor {name} is {dtype}, expected {' or '.join(STORED)}")
     found = tuple(tensor.get_shape())
     if found != shape:
         raise ValueError(f"{path}: tensor {name} is {found}, expected {shape}")
@@ -173,6 +187,8 @@ def save_weights(module: nn.Module, folder: str | Path, shard_bytes: int = SHARD
     """Write the parameters as model.safetensors, or as numbered files and an index if larger."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name, parameter in module.named_parameters():
+        check_finite(local_part(parameter)[0], f"tensor {name}")
     shards = split_parameters(module, shard_bytes)
 
     # One file at a time is gathered in main memory.
@@ -181,6 +197,7 @@ def save_weights(module: nn.Module, folder: str | Path, shard_bytes: int = SHARD
         try:
             if is_main():
                 save_file(tensors, folder / name, metadata={"format": "pt"})
+                as_others(folder / name)
         except SafetensorError as error:  # the library's own class for a full disk
             raise OSError(f"{name}: {error}") from None
 

@@ -12,6 +12,9 @@ from contextlib import nullcontext
 from dataclasses import Field, fields
 
 from engine.lock import owned
+from engine.memory import out_of_memory
+from engine.stop import as_interrupt
+from engine.terminal import tolerant, visible
 
 
 def flag(name: str) -> str:
@@ -80,14 +83,21 @@ def exit_code(
 
     `out`, where the command writes, is its own for so long, and none of its `inputs` (lock.owned).
     """
-    # Anything else is a mistake of ours, and keeps its traceback.
-    try:
-        with owned(out, *inputs) if out else nullcontext():
-            work()
-    except (ValueError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: {stopped}", file=sys.stderr)
-        return 130
-    return 0
+    as_interrupt()
+    with tolerant():
+        try:
+            with owned(out, *inputs) if out else nullcontext():
+                work()
+        except (ValueError, OSError) as error:
+            print(f"{name}: {visible(str(error))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{name}: {stopped}", file=sys.stderr)
+            return 130
+        except (RuntimeError, MemoryError) as error:
+            # Anything else is a mistake of ours, and keeps its traceback.
+            if not out_of_memory(error):
+                raise
+            print(f"{name}: out of memory: {visible(str(error))}", file=sys.stderr)
+            return 2
+        return 0

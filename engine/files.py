@@ -2,6 +2,7 @@
 all.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+CHECKPOINT = (".json", ".jinja", ".safetensors")  # of a folder, what a model is made of
+
 # ------------------------------------------------------------------------ reading
 
 
@@ -19,11 +22,14 @@ def read_json(path: str | Path, kind: type = dict):
     """A JSON file that holds an object, or (kind=list) a list. FileNotFoundError or ValueError
     names the file.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # to read a pipe would wait for ever
+        raise ValueError(f"{path}: expected a file, found a folder or a device")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
     if not isinstance(value, kind):
@@ -49,7 +55,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -57,6 +63,26 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
     if empty:
         raise ValueError(f"{path}: the file is empty, expected one JSON object a line")
+
+
+def fingerprint(path: str | Path | None) -> str | None:
+    """A hash of what is in a file, or in the checkpoint of a folder: 16 digits. None without path.
+
+    The same content has the same one, wherever it lies.
+    """
+    if not path:
+        return None
+    path = Path(path)
+    total = hashlib.sha256()
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in CHECKPOINT)
+        total.update(json.dumps([file.name for file in files]).encode())
+
+    for file in files:
+        with open(file, "rb") as opened:
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------ writing
@@ -105,6 +131,13 @@ def alive(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+def as_others(path: Path) -> None:
+    """Give a file the mode that new files have here; safetensors lets only its owner read one."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ until it is done.
 
 import gc
 import json
-import resource
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +46,10 @@ from engine.files import (
     write_json,
     write_lines,
 )
+from engine.memory import out_of_memory, peak_memory
 from engine.optim import load_optimizer_tensors, optimizer_tensors
+from engine.stop import Stop
+from engine.terminal import visible
 
 # ------------------------------------------------------------------------ folders
 
@@ -66,18 +69,33 @@ def round_policies(run: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.parent.name.removeprefix("round-")))
 
 
-def claim(out: str | Path, settings: dict, defaults: dict, free: set) -> None:
+def claim(
+    out: str | Path, settings: dict, defaults: dict, free: set, content: dict | None = None
+) -> None:
     """Write config.json into a new run folder, or compare the settings with those of an old one.
 
     `defaults` are for settings added since the run was started; those in `free` may differ.
-    ValueError names the first setting that differs.
+    `content` are the fingerprints of the files that some settings name: these are compared, and
+    not the paths. ValueError names the first setting that differs.
     """
+    content = content or {}
     path = Path(out) / "config.json"
     if not path.exists():
-        write_json(path, settings)
+        if any(Path(out).glob("round-*")):
+            raise ValueError(f"{path}: is gone, so nobody knows what the rounds beside it are of")
+        write_json(path, settings | {"content": content} if content else settings)
 
     old = defaults | read_json(path)
+    known = old.pop("content", {})
+    for name in content.keys() & known.keys():
+        if content[name] != known[name]:
+            what = f"{flag(name)} {settings[name]} is not what this run was started with"
+            remedy = "its content is another; put it back, or choose another --out"
+            raise ValueError(f"{path}: {what}: {remedy}")
+
     for name in settings | old:
+        if name in known:
+            continue
         before = old.get(name)
         now = settings.get(name)
         if name not in free and now != before:
@@ -128,20 +146,6 @@ OOM_ADVICE = {  # the flag to lower, per stage
 }
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch, on a GPU or the CPU, or of Python says that memory ran out."""
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "not enough memory" in str(error)
-
-
-def peak_memory(device: str) -> float:
-    """Largest memory of this process so far, in GB: of the GPU where there is one."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 # ------------------------------------------------------------------------ finished stages
 
 
@@ -163,7 +167,7 @@ class RecordedGame:
     def sample(self, prompts):
         path = self.folder / "responses.jsonl"
         if finished(path):
-            return read_responses(path, prompts)
+            return read_responses(path, prompts, self.config.samples, self.vocab_size())
 
         with self.stage("responses", len(my_share(prompts)) * self.config.samples, unit="response"):
             responses = self.game.sample(prompts)
@@ -173,6 +177,9 @@ class RecordedGame:
                     write_lines(temporary, [self.row(*pair) for pair in pairs])
         return responses
 
+    def vocab_size(self) -> int:
+        return self.game.policy.config.vocab_size
+
     def row(self, prompt, responses) -> dict:
         """A line of responses.jsonl."""
         # Texts are for people. Token ids are what is read again: to encode a text gives others.
@@ -181,25 +188,28 @@ class RecordedGame:
 
     def judge(self, prompts, responses):
         play = partial(self.game.judge, prompts, responses)
-        return self.remember("preferences", prompts, play)
+        return self.remember("preferences", prompts, responses, play)
 
     def score(self, prompts, responses, config):
         play = partial(self.game.score, prompts, responses, config)
-        return self.remember("logps", prompts, play)
+        return self.remember("logps", prompts, responses, play)
 
     def previous(self, prompts, responses, win_rate):
         play = partial(self.game.previous, prompts, responses, win_rate)
-        return self.remember("previous", prompts, play)
+        return self.remember("previous", prompts, responses, play)
 
     def reference(self, prompts, responses):
         play = partial(self.game.reference, prompts, responses)
-        return self.remember("reference", prompts, play)
+        return self.remember("reference", prompts, responses, play)
 
-    def remember(self, name, prompts, play):
+    def remember(self, name, prompts, responses, play):
         """A stage that is one tensor: read from NAME.safetensors, or played and written there."""
+        shape = (len(prompts), len(responses[0]))  # (N, S)
+        if name == "preferences":
+            shape = (len(prompts), self.table_size(responses), self.table_size(responses))
         path = self.folder / f"{name}.safetensors"
         if finished(path):
-            return read_tensor(path, name)
+            return read_tensor(path, name, shape)
 
         with self.stage(name, len(my_share(prompts))):
             tensor = play()
@@ -207,6 +217,11 @@ class RecordedGame:
                 if is_main():
                     temporary.write_bytes(tensor_file(name, tensor))
         return tensor
+
+    def table_size(self, responses: list) -> int:
+        """K, and the opponents from elsewhere, who are as many for each prompt."""
+        others = next(iter(self.game.opponents.values()), [])
+        return len(responses[0]) + len(others)
 
     def fit(self, data, config, generator):
         path = self.folder / "policy"
@@ -226,7 +241,8 @@ class RecordedGame:
 
     def play_fit(self, path, saver, data, config, generator):
         """Fit, step by step, and write the checkpoint of π_{t+1}."""
-        with self.stage("policy", len(my_share(data.prompts)) * config.epochs) as bar:
+        items = len(my_share(data.prompts)) * config.epochs
+        with self.stage("policy", items) as bar, saver:
             resume = partial(saver.resume, self.game.policy)
             for step in self.game.fit(data, config, generator, resume):
                 bar.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
@@ -272,21 +288,37 @@ def finished(path: Path) -> bool:
     return broadcast(path.exists())
 
 
-def read_responses(path: Path, prompts: list) -> list:
-    """The token ids of a responses.jsonl: N lists of K. ValueError if it is of other prompts."""
+AGAIN = "delete it to compute it again"
+
+
+def read_responses(path: Path, prompts: list, samples: int, vocab_size: int) -> list:
+    """The token ids of a responses.jsonl: N lists of K. ValueError if it is of other prompts, or
+    not what a policy of this vocabulary writes.
+    """
     rows = [row for _, row in read_lines(path)]
     if [row["prompt"] for row in rows] != [prompt.text for prompt in prompts]:
         differs = "holds responses to other prompts than this run's"
         raise ValueError(f"{path}: {differs}; was the prompt file changed?")
+
+    for number, row in enumerate(rows, 1):
+        tokens = [token for response in row["tokens"] for token in response]
+        whole = len(row["tokens"]) == samples and all(row["tokens"])
+        if not whole or not all(type(one) is int and 0 <= one < vocab_size for one in tokens):
+            expected = f"expected {samples} lists of token ids below {vocab_size}"
+            raise ValueError(f"{path}, line {number}: tokens, {expected}; {AGAIN}")
     return [row["tokens"] for row in rows]
 
 
-def read_tensor(path: Path, name: str) -> torch.Tensor:
+def read_tensor(path: Path, name: str, shape: tuple) -> torch.Tensor:
     try:
-        return load_file(path)[name]
+        tensor = load_file(path)[name]
     except (SafetensorError, KeyError) as error:
-        remedy = "delete it to compute it again"
-        raise ValueError(f"{path}: not what this stage writes ({error}); {remedy}") from None
+        raise ValueError(f"{path}: not what this stage writes ({error}); {AGAIN}") from None
+
+    found = tuple(tensor.shape)
+    if found != shape or not tensor.isfinite().all():
+        raise ValueError(f"{path}: {name} are {found}, expected {shape}, all finite; {AGAIN}")
+    return tensor
 
 
 def tensor_file(name: str, tensor: torch.Tensor) -> bytes:
@@ -324,7 +356,7 @@ class Saver:
     other tensors in `extra`, in FOLDER/fit-STEPS. Without a folder it keeps nothing.
 
     One safetensors file a process, with its part of everything. The older state goes when the newer
-    one is whole.
+    one is whole. Inside `with saver:` Ctrl-C and SIGTERM wait for the end of a step, and save.
     """
 
     def __init__(self, folder: Path | None, minutes: float):
@@ -335,6 +367,17 @@ class Saver:
         self.optimizer = None
         self.steps = []  # the numbers of the steps done
         self.extra = {}
+        # Of several processes each would stop after a step of its own, and wait for the others.
+        self.stop = Stop() if world_size() == 1 else None
+
+    def __enter__(self) -> "Saver":
+        if self.stop:
+            self.stop.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.stop:
+            self.stop.__exit__(*error)
 
     def kept(self) -> list[Path]:
         """Folders of this kind, the latest last."""
@@ -375,12 +418,28 @@ class Saver:
         self.extra = without_prefix(kept, "extra.")
 
     def after(self, step: dict) -> None:
-        """Call after each step; saves at most every `minutes`."""
+        """Call after each step; saves at most every `minutes`, and before it stops the program."""
         self.steps.append(step)
+        stopped = self.stop is not None and self.stop.asked
         due = time.monotonic() - self.last >= self.seconds
-        if not broadcast(due):  # the main process's clock decides
-            return
+        due = due or (stopped and self.seconds < math.inf)
+        if broadcast(due):  # the main process's clock decides
+            self.try_to_save()
+        if stopped:
+            raise KeyboardInterrupt
 
+    def try_to_save(self) -> None:
+        """A disk that is full is no reason to end a fit, which may still be finished."""
+        try:
+            self.save()
+        except OSError as error:
+            if world_size() > 1:  # the others wait for this one
+                raise
+            said = f"the fit goes on, but its state could not be saved: {visible(str(error))}"
+            tqdm.write(said, file=sys.stderr)
+        self.last = time.monotonic()
+
+    def save(self) -> None:
         weights = {name: value.detach() for name, value in self.module.named_parameters()}
         tensors = with_prefix(weights, "weights.")
         tensors |= with_prefix(optimizer_tensors(self.optimizer), "optimizer.")
@@ -396,11 +455,10 @@ class Saver:
             except SafetensorError as error:  # the library's own class for a full disk
                 raise OSError(str(error)) from None
         delete(older)
-        self.last = time.monotonic()
 
     def forget(self) -> None:
-        """Delete the saved state of a finished fit, and what was being written at a kill."""
-        delete(list(self.folder.glob("fit-*")))
+        """Delete the saved state of a finished fit."""
+        delete(self.kept())
 
 
 def with_prefix(tensors: dict, prefix: str) -> dict:

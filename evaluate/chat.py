@@ -21,6 +21,7 @@ from data import Tokenizer, prompt_text, read_pairs, text_field
 from engine.checkpoint import load_weights
 from engine.files import read_lines, write_lines
 from engine.run_folder import round_policies
+from engine.terminal import visible
 from generate import KVCache, Pool, Response, draw_seeds, pool_shape, positions_needed, prefilled
 from model import Transformer
 
@@ -221,7 +222,7 @@ def rows_of(path: str | Path) -> list[dict]:
 
 
 def print_now(text: str) -> None:
-    print(text, end="", flush=True)
+    print(visible(text), end="", flush=True)
 
 
 def chat(args: Namespace, ask: Callable = input, show: Callable = print_now) -> None:

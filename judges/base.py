@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.run_folder import out_of_memory
+from engine.memory import out_of_memory
+from engine.terminal import printable
 from sppo import win_rates
 
 BATCH = 32  # prompts that are judged together
@@ -201,12 +202,6 @@ def described(error: BaseException) -> str:
 
     text = f"{type(error).__name__}: {printable(str(error))}".removesuffix(": ")
     return f"{text} ({Path(frame.filename).name}:{frame.lineno} in {frame.name})"
-
-
-def printable(text: str, longest: int = 300) -> str:
-    """Text from outside, cut, as one line: control characters are escaped."""
-    cut = text[:longest] + "…" * (len(text) > longest)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 # ------------------------------------------------------------------------ asking a judge

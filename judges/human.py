@@ -16,6 +16,8 @@ import torch
 
 from data import read_pairs
 from engine.files import read_lines, write_lines
+from engine.lock import hold
+from engine.terminal import visible
 from judges.base import Judge
 
 ANSWERS = {"1": 1.0, "2": 0.0, "0": 0.5}  # P(the first one shown wins)
@@ -30,6 +32,7 @@ class Human(Judge):
         self.ask = ask
         self.known = {}  # (prompt, first, second): P(first beats second)
         self.rows = []  # of the votes file
+        hold(self.path)  # two processes would write over each other's votes
 
         if self.path.exists() and self.path.stat().st_size:
             # Read twice: the rows are written back with columns that are not ours.
@@ -71,6 +74,7 @@ class Human(Judge):
     def vote(self, prompt: str, first: str, second: str, place: str) -> None:
         """Ask about a pair until the answer is valid, and write it down."""
         question = f"\n[{place}] {prompt}\n\n  (1) {first}\n\n  (2) {second}\n\n"
+        question = visible(question)
         question += "Which is better? 1, 2, or 0 for a tie: "
         try:
             answer = self.ask(question).strip()

@@ -11,6 +11,7 @@ Arguments are a JSON object after the last name; module:function takes them too,
 colon. A new kind of judge is a file in this folder and a line in KINDS.
 """
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -20,17 +21,9 @@ from pathlib import Path
 
 import torch
 
-from engine.files import read_json
-from judges.base import (
-    RETRIES,
-    Ensemble,
-    JudgeError,
-    Rule,
-    Transitive,
-    checked_tables,
-    described,
-    printable,
-)
+from engine.files import fingerprint, read_json
+from engine.terminal import printable
+from judges.base import RETRIES, Ensemble, JudgeError, Rule, Transitive, checked_tables, described
 from judges.human import Human
 from judges.llm import LLM
 from judges.pairrm import PairRM
@@ -113,6 +106,22 @@ def split_spec(spec: str) -> tuple[str | None, str, dict]:
         expected = "expected keyword arguments as a JSON object after the colon"
         raise ValueError(f"judge {shown}: {expected}")
     return module, name, arguments
+
+
+def judge_fingerprint(spec: str) -> str:
+    """A hash of what a loaded judge is made of: weights, or the source of a rule, and arguments."""
+    if is_folder(spec):
+        return fingerprint(spec)
+
+    # Members are compared by what they are, too.
+    module, name, arguments = split_spec(spec)
+    if "judge" in arguments:
+        arguments["judge"] = judge_fingerprint(arguments["judge"])
+    if "judges" in arguments:
+        arguments["judges"] = [judge_fingerprint(member) for member in arguments["judges"]]
+    source = getattr(sys.modules.get(module), "__file__", None)
+    made_of = json.dumps([name, arguments, fingerprint(source)], sort_keys=True)
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
 def load_members(arguments: dict, spec: str, device, dtype, retries: int) -> dict:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from data import Tokenizer, prepare_prompts
 from engine.files import append_line, read_lines, write_lines
 from engine.figures import BLUE, GREEN, ORANGE, PINK, new_figure, write_figure
-from engine.run_folder import peak_memory, policy_folder
+from engine.memory import peak_memory
+from engine.run_folder import policy_folder
 from model import Transformer
 from real import rule
 from real.constraints import constraints_of
@@ -261,7 +262,7 @@ def draw(result: dict, path: Path) -> None:
     left, middle, right = figure.subplots(1, 3)
     policies = [result["base"], *result["rounds"]]
     rounds = range(len(policies))
-    aside = len(policies)  # where the average stands
+    aside = len(policies) + 0.5  # where the average stands
     looks = dict(zip(LABELS, ((BLUE, "o"), (ORANGE, "s"))))
 
     for index, (split, (colour, marker)) in enumerate(looks.items()):

@@ -43,6 +43,11 @@ def letters(prompt, responses):
     return torch.sigmoid(score[:, None] - score)
 
 
+def flat(prompt, responses):
+    """A judge to whom all responses are alike."""
+    return torch.full((len(responses), len(responses)), 0.5)
+
+
 def tiny_settings(world, run, **changes):
     """Settings of a run on the small world for the debugger (toy.debug.build_debugging); it takes a fraction of a second."""
     settings = dict(

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# All but samples.md, whose indented lines are a model's, and no commands.
+DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "samples.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 QUOTATION = re.compile(r"\[`([\w/]+\.py):(\d+)`\]\(((?:\.\./)*)([\w/]+\.py)#L(\d+)\) `([^`]+)`")
 
 

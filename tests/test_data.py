@@ -55,7 +55,7 @@ def test_special_markers_in_text_stay_text(shared, mistral):
 def test_bos_eos_and_size_are_those_of_the_model(mistral):
     assert (mistral.bos, mistral.eos) == (1, 2)
     mistral.check_vocabulary(32_000)
-    with pytest.raises(ValueError, match="tokenizer.json has 32000 tokens, but the model's vocab_size is 31999"):
+    with pytest.raises(ValueError, match="tokenizer.json has token 31999, but the model's vocab_size is 31999"):
         mistral.check_vocabulary(31_999)
 
 

@@ -32,6 +32,7 @@ TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page i
 NOT_RUN = {  # the beginning of a command: why no test runs it
     "make demo": "2 minutes; tests/test_text_game.py and tests/test_train.py run its parts",
     "make toys": "4 minutes; each script has tests of its own",
+    "make real": "half an hour; tests/test_instructions.py runs it on a tiny model",
     "make test": "it is what runs this",
     "make bench": "17 minutes; tests/test_benchmarks.py runs its parts",
     "make map": "it edits the pages; tests/test_readme.py compares the same lines",
@@ -293,5 +294,5 @@ def sections(path):
 
 def test_the_pages_show_every_figure():
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", "".join(TEXT.values()))
-    figures = {path.name for path in (ROOT / "figures").iterdir()} | {"side_by_side.png"}
+    figures = {path.name for path in (ROOT / "figures").iterdir()} | {"side_by_side.png", "measure.png"}
     assert {Path(path).name for path in shown} == figures

@@ -508,12 +508,12 @@ def test_control_c_says_that_the_same_command_continues_and_other_settings_are_r
     other = tmp_path / "other.jsonl"
     write_lines(other, noisy_pairs(50, 5))
     for changed, named in (
-        (["--lr", "2"], "--lr 0.01, now it is 2.0"),
-        (["--pairs", str(other)], "--pairs of SHA-256 [0-9a-f]{16}"),
+        (["--lr", "2"], "this run was started with --lr 0.01, now it is 2.0"),
+        (["--pairs", str(other)], f"--pairs {other} is not what this run was started with"),
     ):
         assert prefmodel.main([*flags, *changed]) == 2
         error = capsys.readouterr().err.strip()
-        assert re.search(f"judge.unfinished/config.json: this run was started with {named}", error.splitlines()[-1])
+        assert re.search(f"judge.unfinished/config.json: {named}", error.splitlines()[-1])
 
     # A file with the same bytes may lie elsewhere, and what does not change the judge is free.
     other.write_bytes(Path(flags[flags.index("--pairs") + 1]).read_bytes())

@@ -85,7 +85,9 @@ def test_config_json_holds_every_setting(world, tmp_path):
     settings = tiny_settings(world, tmp_path / "run", eta=3.0)
     train.run(settings)
     expected = {name: value for name, value in asdict(settings).items() if name != "out"}
-    assert json.loads((tmp_path / "run/config.json").read_text()) == expected
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    assert written.pop("content").keys() == {"policy", "prompts", "opponents", "reference", "judge"}
+    assert written == expected
 
 
 def test_metrics_have_a_line_for_each_step_and_each_round(world, tmp_path):
@@ -253,7 +255,9 @@ def test_other_settings_are_refused_and_the_setting_is_named(world, tmp_path, ca
     run(world, tmp_path / "run")
     before = content(tmp_path / "run")
     line = refused(capsys, world, tmp_path / "run", **{name: value})
-    assert f"--{name.replace('_', '-')} {getattr(tiny_settings(world, 'run'), name)}, now it is {value}" in line
+    before_it_was = f"{getattr(tiny_settings(world, 'run'), name)}, now it is {value}"
+    said = f"{value} is not what this run was started with" if name == "judge" else before_it_was
+    assert f"--{name.replace('_', '-')} {said}" in line
     assert content(tmp_path / "run") == before
 
 
@@ -267,7 +271,8 @@ def test_a_prompt_file_that_changed_under_a_run_is_noticed(world, tmp_path, caps
     prompts = write_prompts(tmp_path / "p.jsonl", "1+1=", "1+2=")
     run(world, tmp_path / "run", prompts=prompts)
     write_prompts(tmp_path / "p.jsonl", "1+1=", "1+3=")
-    assert "responses to other prompts than this run's" in refused(capsys, world, tmp_path / "run", prompts=prompts)
+    line = refused(capsys, world, tmp_path / "run", prompts=prompts)
+    assert f"--prompts {prompts} is not what this run was started with: its content is another" in line
 
 
 def test_a_stage_that_is_deleted_is_computed_again_to_the_same_numbers(world, tmp_path):
@@ -459,7 +464,7 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(world, tmp_pat
     small.save_pretrained(tmp_path / "policy")
     Tokenizer(world / "policy").copy_to(tmp_path / "policy")
     line = refused(capsys, world, tmp_path / "run", policy=str(tmp_path / "policy"))
-    assert "tokenizer.json has 18 tokens, but the model's vocab_size is 17" in line
+    assert "tokenizer.json has token 17, but the model's vocab_size is 17" in line
 
 
 @pytest.mark.parametrize("wrong", [["--no-such-flag", "1"], ["--loss", "ppo"], ["--preset", "huge"], ["--eta", "much"]])
