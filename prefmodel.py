@@ -356,11 +356,9 @@ def claim_folder(saver: Saver, args: argparse.Namespace) -> None:
         remove(saver.folder)  # nothing to continue: any settings will do
 
     settings = {field.name: getattr(args, field.name) for field in fields(JudgeConfig)}
-    defaults = {field.name: field.default for field in fields(JudgeConfig)}
-    free = {field.name for field in fields(JudgeConfig) if field.metadata.get("free")}
     files = {"backbone": args.backbone, "pairs": args.pairs}
     content = {name: fingerprint(path) for name, path in files.items()}
-    claim(saver.folder, settings | files, defaults, free, content)
+    claim(saver.folder, settings | files, JudgeConfig, content)
 
 
 def print_losses(out: Path, steps: list[dict], pairs: int, held_out: int) -> None:

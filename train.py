@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -346,14 +346,12 @@ def claim_folder(config: TrainConfig) -> None:
     """Write config.json, or report what differs from the run that is there."""
     settings = asdict(config)
     settings.pop("out")  # a run does not say where it is
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    free = {field.name for field in fields(TrainConfig) if field.metadata.get("free")}
 
     def work():
         paths = ("policy", "prompts", "opponents", "reference")
         content = {name: fingerprint(getattr(config, name)) for name in paths}
         content["judge"] = judge_fingerprint(config.judge)
-        claim(config.out, settings, defaults, free | {"out"}, content)
+        claim(config.out, settings, TrainConfig, content)
 
     distributed.on_main(work)
 

@@ -30,6 +30,15 @@ def write_figure(path: str | Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
+def error_bars(values: list[float], intervals: list[list[float]]) -> list[list[float]]:
+    """How far each interval reaches below and above its value, as matplotlib wants it."""
+    # Rounding may put the mean of equal numbers outside of their interval.
+    pairs = list(zip(values, intervals, strict=True))
+    below = [max(0.0, value - low) for value, (low, _) in pairs]
+    above = [max(0.0, high - value) for value, (_, high) in pairs]
+    return [below, above]
+
+
 def slope(x, y) -> float:
     """Least-squares slope of log y against log x."""
     x = torch.as_tensor(x, dtype=torch.float64).log()

@@ -199,6 +199,13 @@ def write_lines(path: str | Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def keep_lines(path: str | Path, rows: list[dict], expected: str) -> None:
+    """write_lines; ValueError if the file is there and has other rows than `expected` says."""
+    if Path(path).exists() and [row for _, row in read_lines(path)] != rows:
+        raise ValueError(f"{path}: holds other {expected}; choose another --out")
+    write_lines(path, rows)
+
+
 def append_line(path: str | Path, row: dict) -> None:
     """Add one JSON line to a log that is read while it grows."""
     try:

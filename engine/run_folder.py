@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -69,16 +70,17 @@ def round_policies(run: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.parent.name.removeprefix("round-")))
 
 
-def claim(
-    out: str | Path, settings: dict, defaults: dict, free: set, content: dict | None = None
-) -> None:
+def claim(out: str | Path, settings: dict, declared: type, content: dict | None = None) -> None:
     """Write config.json into a new run folder, or compare the settings with those of an old one.
 
-    `defaults` are for settings added since the run was started; those in `free` may differ.
-    `content` are the fingerprints of the files that some settings name: these are compared, and
-    not the paths. ValueError names the first setting that differs.
+    `declared` is their class. One that was added since the run was started had its default, and
+    one that is `free` may differ. `content` are the fingerprints of the files that some settings
+    name: these are compared, and not the paths. ValueError names the first setting that differs.
     """
     content = content or {}
+    known_to_all = [field for field in fields(declared) if field.name in settings]
+    defaults = {field.name: field.default for field in known_to_all}
+    free = {field.name for field in known_to_all if field.metadata.get("free")} | {"out"}
     path = Path(out) / "config.json"
     if not path.exists():
         if any(Path(out).glob("round-*")):
@@ -188,28 +190,30 @@ class RecordedGame:
 
     def judge(self, prompts, responses):
         play = partial(self.game.judge, prompts, responses)
-        return self.remember("preferences", prompts, responses, play)
+        # K, and the opponents from elsewhere, who are as many for each prompt.
+        others = next(iter(self.game.opponents.values()), [])
+        size = len(responses[0]) + len(others)
+        return self.remember("preferences", prompts, (size, size), play)
 
     def score(self, prompts, responses, config):
         play = partial(self.game.score, prompts, responses, config)
-        return self.remember("logps", prompts, responses, play)
+        return self.remember("logps", prompts, (len(responses[0]),), play)
 
     def previous(self, prompts, responses, win_rate):
         play = partial(self.game.previous, prompts, responses, win_rate)
-        return self.remember("previous", prompts, responses, play)
+        return self.remember("previous", prompts, (len(responses[0]),), play)
 
     def reference(self, prompts, responses):
         play = partial(self.game.reference, prompts, responses)
-        return self.remember("reference", prompts, responses, play)
+        return self.remember("reference", prompts, (len(responses[0]),), play)
 
-    def remember(self, name, prompts, responses, play):
-        """A stage that is one tensor: read from NAME.safetensors, or played and written there."""
-        shape = (len(prompts), len(responses[0]))  # (N, S)
-        if name == "preferences":
-            shape = (len(prompts), self.table_size(responses), self.table_size(responses))
+    def remember(self, name, prompts, shape, play):
+        """A stage that is one tensor, of this shape for each prompt: read from NAME.safetensors, or
+        played and written there.
+        """
         path = self.folder / f"{name}.safetensors"
         if finished(path):
-            return read_tensor(path, name, shape)
+            return read_tensor(path, name, (len(prompts), *shape))
 
         with self.stage(name, len(my_share(prompts))):
             tensor = play()
@@ -217,11 +221,6 @@ class RecordedGame:
                 if is_main():
                     temporary.write_bytes(tensor_file(name, tensor))
         return tensor
-
-    def table_size(self, responses: list) -> int:
-        """K, and the opponents from elsewhere, who are as many for each prompt."""
-        others = next(iter(self.game.opponents.values()), [])
-        return len(responses[0]) + len(others)
 
     def fit(self, data, config, generator):
         path = self.folder / "policy"
@@ -367,17 +366,16 @@ class Saver:
         self.optimizer = None
         self.steps = []  # the numbers of the steps done
         self.extra = {}
-        # Of several processes each would stop after a step of its own, and wait for the others.
-        self.stop = Stop() if world_size() == 1 else None
+        self.stop = Stop()
 
     def __enter__(self) -> "Saver":
-        if self.stop:
+        # Of several processes each would stop after a step of its own, and wait for the others.
+        if world_size() == 1:
             self.stop.__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        if self.stop:
-            self.stop.__exit__(*error)
+        self.stop.__exit__(*error)
 
     def kept(self) -> list[Path]:
         """Folders of this kind, the latest last."""
@@ -420,7 +418,7 @@ class Saver:
     def after(self, step: dict) -> None:
         """Call after each step; saves at most every `minutes`, and before it stops the program."""
         self.steps.append(step)
-        stopped = self.stop is not None and self.stop.asked
+        stopped = self.stop.asked
         due = time.monotonic() - self.last >= self.seconds
         due = due or (stopped and self.seconds < math.inf)
         if broadcast(due):  # the main process's clock decides

@@ -18,13 +18,8 @@ def is_size(value) -> bool:
 
 def check_sizes(path, values: dict, *keys: str) -> None:
     for key in keys:
-        check(
-            path,
-            key,
-            values.get(key),
-            is_size(values.get(key)),
-            f"a positive integer up to {LARGEST:,}",
-        )
+        size = values.get(key)
+        check(path, key, size, is_size(size), f"a positive integer up to {LARGEST:,}")
 
 
 def check_kinds(path, values: dict) -> None:

@@ -10,13 +10,17 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 
 def visible(text: str) -> str:
     """Text from outside, as it is but for control characters, which are escaped."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return escaped(text, "\n\t")
 
 
 def printable(text: str, longest: int = 300) -> str:
     """Text from outside, cut, as one line."""
     cut = text[:longest] + "…" * (len(text) > longest)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+    return escaped(cut)
+
+
+def escaped(text: str, kept: str = "") -> str:
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 class Stream:

@@ -23,13 +23,14 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.command import add_flags, check_settings, exit_code
-from engine.files import read_lines, write_json, write_lines, write_text
+from engine.files import keep_lines, write_json, write_text
 from real import measurement
 from real.prompts import SPLITS, draw_prompts, shuffled
 from real.rule import level, preferences
@@ -65,15 +66,6 @@ def rule(prompt: str, responses: list[str]) -> Tensor:
 # ------------------------------------------------------------------------ the command
 
 
-def write_prompts(path: Path, prompts: list[str]) -> None:
-    """prompts.jsonl of a run. ValueError if it is there, and holds others."""
-    rows = [{"prompt": prompt} for prompt in prompts]
-    if path.exists() and [row for _, row in read_lines(path)] != rows:
-        differs = "holds other prompts than --training-prompts and --seed give"
-        raise ValueError(f"{path}: {differs}; choose another --out")
-    write_lines(path, rows)
-
-
 def play(config: TrainConfig, counts: PromptConfig) -> None:
     """The whole command: prompts, rounds, numbers, figure and samples."""
     begun = time.monotonic()
@@ -93,7 +85,8 @@ def play(config: TrainConfig, counts: PromptConfig) -> None:
     training = draw_prompts("training", drawn, config.seed)
     # A round takes every T-th prompt, so kinds of constraint must not come in turn.
     training = shuffled(training, torch.Generator().manual_seed(config.seed))
-    write_prompts(Path(config.prompts), training)
+    rows = [{"prompt": prompt} for prompt in training]
+    keep_lines(config.prompts, rows, "prompts than --training-prompts and --seed give")
     run(config)
 
     held_out = [split for split in SPLITS if split != "training"]
@@ -130,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     config, counts = parse_arguments(arguments)
     continues = f"the same command continues in {config.out}"
     inputs = (config.policy, config.judge)
-    work = lambda: play(config, counts)  # noqa: E731
+    work = partial(play, config, counts)
     return exit_code("real.instructions", work, f"stopped; {continues}", config.out, inputs)
 
 

@@ -23,7 +23,6 @@ Whenever it is stopped, the same command continues, to the same numbers.
 
 import argparse
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -32,8 +31,8 @@ from torch import Tensor
 import prefmodel
 from data import read_pairs, text_field
 from engine.command import add_flags, check_settings, exit_code
-from engine.figures import BLUE, GREY, ORANGE, new_figure, write_figure
-from engine.files import read_lines, write_json, write_lines
+from engine.figures import BLUE, GREY, ORANGE, new_figure, error_bars, write_figure
+from engine.files import keep_lines, read_lines, write_json, write_lines
 from engine.run_folder import claim
 from evaluate.judge_report import agreement, ask, calibration, longer_rate
 from judges.load import load_judge
@@ -53,15 +52,6 @@ RESAMPLES = 2000
 COLOURS = {"learned": BLUE, "longer wins": ORANGE}
 
 # --------------------------------------------------------------------------------------- the pairs
-
-
-def write_pairs(path: Path, pairs: list[dict]) -> list[dict]:
-    """Write a pair file, or find it. ValueError if one that is there has other pairs."""
-    if path.exists() and [row for _, row in read_lines(path)] != pairs:
-        differs = "holds other pairs than --pandalm gives"
-        raise ValueError(f"{path}: {differs}; choose another --out")
-    write_lines(path, pairs)
-    return pairs
 
 
 def llmbar_sets(path: str) -> dict[str, list[dict]]:
@@ -161,13 +151,11 @@ def draw(result: dict):
     axes = figure.subplots()
     for shift, (judge, colour) in zip((-0.2, 0.2), COLOURS.items()):
         rows = [judges[judge] for judges in result.values()]
-        value = torch.tensor([row["accuracy"] for row in rows])
-        low, high = torch.tensor([row["accuracy_interval"] for row in rows]).T
-        # Rounding may put the mean of equal numbers outside of their interval.
-        error = torch.stack([value - low, high - value]).clamp(min=0).tolist()
+        value = [row["accuracy"] for row in rows]
+        error = error_bars(value, [row["accuracy_interval"] for row in rows])
         places = [n + shift for n in range(len(rows))]
         style = dict(width=0.38, color=colour, capsize=3, ecolor="black")
-        axes.bar(places, value.tolist(), yerr=error, label=judge, **style)
+        axes.bar(places, value, yerr=error, label=judge, **style)
 
     axes.axhline(0.5, color=GREY, linewidth=1, linestyle="--", label="coin")
     names = [f"{name}\n{judges['coin']['pairs']} pairs" for name, judges in result.items()]
@@ -187,14 +175,14 @@ def play(args: argparse.Namespace) -> None:
     out = Path(args.out)
     sets = llmbar_sets(args.llmbar)  # before an hour of training
     settings = {name: getattr(args, name) for name in FLAGS} | {"policy": args.policy}
-    free = {field.name for field in fields(JudgeConfig) if field.metadata.get("free")}
-    claim(out, settings, {}, free)
+    claim(out, settings, JudgeConfig)
 
     # Split here and not by the training: what it holds out chooses its best epoch.
     generator = torch.Generator().manual_seed(args.seed)
     training, held_out = split_pairs(read_pairs(args.pandalm), args.held_out, generator)
-    write_pairs(out / "training.jsonl", training)
-    sets = {HELD_OUT: write_pairs(out / "held-out.jsonl", held_out)} | sets
+    keep_lines(out / "training.jsonl", training, "pairs than --pandalm gives")
+    keep_lines(out / "held-out.jsonl", held_out, "pairs than --pandalm gives")
+    sets = {HELD_OUT: held_out} | sets
 
     judge = out / "judge"
     if not judge.exists() or prefmodel.unfinished_folder(judge).exists():

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, prepare_prompts
 from engine.files import append_line, read_lines, write_lines
-from engine.figures import BLUE, GREEN, ORANGE, PINK, new_figure, write_figure
+from engine.figures import BLUE, GREEN, ORANGE, PINK, error_bars, new_figure, write_figure
 from engine.memory import peak_memory
 from engine.run_folder import policy_folder
 from model import Transformer
@@ -305,11 +305,9 @@ def draw(result: dict, path: Path) -> None:
 
 def whiskers(axes, places: list, rows: list[dict], name: str, **style) -> None:
     """A curve with its 95 % intervals."""
-    values = torch.tensor([row[name] for row in rows])
-    low, high = torch.tensor([row[f"{name}_interval"] for row in rows]).T
-    # Rounding may put the mean of equal numbers outside of their interval.
-    error = torch.stack([values - low, high - values]).clamp(min=0)
-    axes.errorbar(places, values.tolist(), error.tolist(), **style)
+    values = [row[name] for row in rows]
+    error = error_bars(values, [row[f"{name}_interval"] for row in rows])
+    axes.errorbar(places, values, error, **style)
 
 
 def samples_page(records: list[list[dict]]) -> str:
