@@ -106,9 +106,9 @@ class Model:
 
     def reply(self, handler, body):
         question = tuple(texts_of(body))
-        send(handler, 200, json.dumps(self.answer(*question)))
-        with self.lock:
+        with self.lock:  # before the reply: whoever has that may look at once
             self.given[question] += 1
+        send(handler, 200, json.dumps(self.answer(*question)))
 
 
 def send(handler, status, text, length=None, **headers):
