@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data import TEMPLATES, pad
 from engine.cuda_graph import Graph
+from engine.journal import NOTHING, Journal
 from sppo import setting
 
 PREFILL_TOKENS = 2048  # of prompts that are computed together, padding included
@@ -186,6 +187,7 @@ class Pool:
     temperature: float
     top_p: float
     record: bool  # the log-probability of each token, too
+    journal: Journal
 
     def __post_init__(self):
         rows = len(self.cache.length)
@@ -294,6 +296,7 @@ class Pool:
             if value in self.stop_tokens or len(response.tokens) == self.max_new_tokens:
                 self.writing[row] = None
                 self.finished += 1
+                self.journal.add(str(response.seed), response.tokens)
 
 
 def prefill(model: nn.Module, prompts: list[list[int]]) -> tuple[KVCache, Tensor]:
@@ -307,18 +310,24 @@ def prefill(model: nn.Module, prompts: list[list[int]]) -> tuple[KVCache, Tensor
 
 
 def prefilled(model: nn.Module, responses: list[list[Response]]):
-    """Yield (prefix, response) of N lists of responses; prompts are computed when needed."""
-    # The longest first: neighbours are of similar length, so little is padding.
+    """Yield (prefix, response) of those of N lists of responses that are not written yet; prompts
+    are computed when needed.
+    """
+    # The longest first: neighbours are of similar length, so little is padding. Written ones count
+    # too: in bfloat16 the padding shows in the last bits, which so are those of an unbroken run.
     order = sorted(responses, key=lambda row: len(row[0].prompt), reverse=True)
     while order:
         count = max(1, PREFILL_TOKENS // len(order[0][0].prompt))
         batch = order[:count]
         order = order[count:]
+        if all(response.tokens for row in batch for response in row):
+            continue
         cache, logits = prefill(model, [row[0].prompt for row in batch])
         for index, row in enumerate(batch):
             prefix = Prefix(cache, index, logits[index])
             for response in row:
-                yield prefix, response
+                if not response.tokens:
+                    yield prefix, response
 
 
 def positions_needed(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> int:
@@ -338,18 +347,19 @@ def generate(
     model: nn.Module, prompts: list[list[int]], samples_per_prompt: int, max_new_tokens: int,
     stop_token: int | tuple | None, temperature: float = 1.0, top_p: float = 1.0, generator=None,
     rows: int = 256, progress=None, *, cache_bytes: int | None = None,
-    seeds: list[list[int]] | None = None, logps: list | None = None,
+    seeds: list[list[int]] | None = None, logps: list | None = None, journal: Journal = NOTHING,
 ) -> list[list[list[int]]]:  # fmt: skip
     """Sample responses: N token lists -> N lists of K token lists, with the stop token, if any.
 
     There may be several stop tokens, or None: every response then has max_new_tokens tokens.
     `rows` of them decode together, or as many as have room in `cache_bytes`. A prompt is computed
     once and its cache copied to the rows of its K samples. Each response draws from a seed of its
-    own, of `seeds` (N, K) or else of `generator`, so in float32 the text does not depend on the
-    rest of the batch (in bfloat16 the logits do, in their last bits).
+    own, of `seeds` (N, K) or else of `generator`: the text does not depend on which rows decode
+    beside it (in bfloat16, on which prompts are computed together, in the last bits of logits).
 
     `logps`, a list, gets N lists of K lists: log π of each token, untempered. `progress` is a tqdm
-    bar. ValueError if the model's context or cache_bytes is too small, or seeds are not (N, K).
+    bar. `journal` keeps what is written, and has what a stopped run wrote: there are no logps of
+    that. ValueError if the model's context or cache_bytes is too small, or seeds are not (N, K).
     """
     N = len(prompts)
     K = samples_per_prompt
@@ -359,17 +369,23 @@ def generate(
     if any(len(row) != K for row in seeds):
         raise ValueError(f"seeds are {[len(row) for row in seeds]} for the prompts, expected {K}")
     pairs = zip(prompts, seeds, strict=True)
-    responses = [[Response(prompt, seed) for seed in row] for prompt, row in pairs]
+    responses = [
+        [Response(prompt, seed, journal.get(str(seed)) or []) for seed in row]
+        for prompt, row in pairs
+    ]
 
     parameter = next(model.parameters())
     shape = pool_shape(model.config, min(rows, N * K), size, cache_bytes, parameter.dtype)
     cache = KVCache(model.config, *shape, parameter.device, parameter.dtype)
     record = logps is not None
     stop = (stop_token,) if isinstance(stop_token, int) else stop_token or ()
-    pool = Pool(model, cache, rows, max_new_tokens, stop, temperature, top_p, record)
+    pool = Pool(model, cache, rows, max_new_tokens, stop, temperature, top_p, record, journal)
 
+    open_ = sum(not response.tokens for row in responses for response in row)
+    if progress is not None:
+        progress.update(N * K - open_)
     waiting = prefilled(model, responses)
-    while pool.finished < N * K:
+    while pool.finished < open_:
         before = pool.finished
         pool.refill(waiting)
         pool.compact()

@@ -20,8 +20,16 @@ from tqdm import tqdm
 from data import TEMPLATES, Tokenizer, pad, read_pairs
 from engine.checkpoint import DTYPES, check_device, load_pretrained, load_weights, save_checkpoint
 from engine.command import add_flags, check_settings, exit_code
-from engine.figures import GREY, ORANGE, SKY, new_figure, write_figure
-from engine.files import atomic_write, fingerprint, read_json, remove, require_empty, write_lines
+from engine.figures import BLUE, GREY, ORANGE, SKY, new_figure, write_figure
+from engine.files import (
+    atomic_write,
+    fingerprint,
+    read_json,
+    remove,
+    require_empty,
+    unfinished_folder,
+    write_lines,
+)
 from engine.run_folder import Saver, claim
 from model import Decoder, ModelConfig, initialize
 from sppo import optimizer_step, setting
@@ -345,11 +353,6 @@ def train(args: argparse.Namespace) -> None:
     print_losses(out, steps, len(pairs), len(held_out))
 
 
-def unfinished_folder(out: Path) -> Path:
-    """Beside the judge's own, which so appears whole, with nothing but the judge in it."""
-    return Path(f"{out}.unfinished")
-
-
 def claim_folder(saver: Saver, args: argparse.Namespace) -> None:
     """Write the settings beside what is saved. ValueError if that was begun with others."""
     if not saver.kept():
@@ -374,15 +377,25 @@ def print_losses(out: Path, steps: list[dict], pairs: int, held_out: int) -> Non
 
 
 def learning_curves(steps: list[dict]):
-    """Loss against pairs seen: of each training batch, and on the held-out pairs after an epoch."""
+    """Loss against pairs seen: of the training batches, smoothed, and on the held-out pairs."""
     figure = new_figure(6.5, 4.2)
     axes = figure.subplots()
-    batches = ("loss", "-", SKY, "training batch")
-    for key, look, colour, name in (batches, ("held_out_loss", "o-", ORANGE, "held-out pairs")):
-        rows = [row for row in steps if key in row]
-        seen = [row["pairs_seen"] for row in rows]
-        if rows:
-            axes.plot(seen, [row[key] for row in rows], look, color=colour, label=name)
+    batches = [row for row in steps if "loss" in row]
+    if batches:
+        seen = [row["pairs_seen"] for row in batches]
+        losses = [row["loss"] for row in batches]
+        span = max(1, len(losses) // 20)
+        recent = [losses[max(0, i - span) : i] for i in range(1, len(losses) + 1)]
+        smooth = [sum(row) / len(row) for row in recent]
+        axes.plot(seen, losses, color=SKY, linewidth=0.5, alpha=0.5)
+        axes.plot(seen, smooth, color=BLUE, label=f"training, mean of {span} batches")
+
+    held_out = [row for row in steps if "held_out_loss" in row]
+    if held_out:
+        seen = [row["pairs_seen"] for row in held_out]
+        losses = [row["held_out_loss"] for row in held_out]
+        axes.plot(seen, losses, "o-", color=ORANGE, label="held-out pairs, after an epoch")
+
     axes.axhline(0.6931, color=GREY, linewidth=0.8, linestyle="--", label="chance")
     axes.set(xlabel="pairs seen", ylabel="cross-entropy (nats a pair)", ylim=(0, None))
     axes.set_title("Training of the judge")

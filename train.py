@@ -26,6 +26,7 @@ from engine.checkpoint import DTYPES, check_device, load_weights
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import draw_curves
 from engine.files import fingerprint
+from engine.journal import NOTHING
 from engine.memory import peak_memory
 from engine.optim import rounding_optimizer
 from engine.run_folder import (
@@ -181,7 +182,9 @@ class TextGame(Game):
         self.judge_model = judge_model
         self.number = number  # t, from 1
         self.opponents = opponents or {}  # prompt text -> response texts
-        self.progress = None  # the bar of the stage that is being played, if it has one
+        # Of the stage that is being played: its bar, if it has one, and what was done of it before.
+        self.progress = None
+        self.journal = NOTHING
 
     def generator(self, stage: int) -> torch.Generator:
         """One for each stage of each round, so that a resumed run draws the same numbers."""
@@ -199,7 +202,7 @@ class TextGame(Game):
             self.policy, distributed.my_share(ids), config.samples, config.max_new_tokens,
             self.tokenizer.stop, config.temperature, config.top_p, rows=config.pool,
             progress=self.progress, cache_bytes=config.cache_bytes,
-            seeds=distributed.my_share(seeds),
+            seeds=distributed.my_share(seeds), journal=self.journal,
         )  # fmt: skip
         return distributed.all_gather(responses)
 
@@ -211,7 +214,9 @@ class TextGame(Game):
         shown = [self.texts(*pair) for pair in zip(prompts, responses)]
         shown = [row + self.opponents.get(text, []) for text, row in zip(asked, shown)]
 
-        tables = judge_in_batches(self.judge_model, asked, shown, self.config.judge, self.progress)
+        tables = judge_in_batches(
+            self.judge_model, asked, shown, self.config.judge, self.progress, journal=self.journal
+        )
         return torch.cat(distributed.all_gather(list(tables)))
 
     def texts(self, prompt: Prompt, responses: list) -> list[str]:

@@ -107,6 +107,11 @@ def require_empty(path: str | Path) -> Path:
     return path
 
 
+def unfinished_folder(out: str | Path) -> Path:
+    """Where a command keeps what it has of `out`, which so appears whole, with nothing else."""
+    return Path(f"{os.path.normpath(out)}.unfinished")
+
+
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that nobody has: .HOST-PID-RANDOM.NAME.tmp."""
     # In the same folder, so that a rename crosses no file system.

@@ -4,9 +4,10 @@ and the one that is not.
     RUN/config.json, metrics.jsonl, timings.jsonl, curves.png
     RUN/round-01/responses.jsonl, preferences.safetensors, logps.safetensors, policy/
 
-A stage is written under a temporary name and renamed when it is whole. The long one, fitting the
-policy, also keeps its state every --save-minutes, in a folder fit-STEPS with one file a process,
-until it is done.
+A stage is written under a temporary name and renamed when it is whole. Until then sampling and
+judging keep each response and each table in a journal, and fitting the policy its state, every
+--save-minutes, in a folder fit-STEPS with one file a process. made-from.json has the fingerprints
+of what each stage was made from.
 """
 
 import gc
@@ -34,6 +35,7 @@ from engine.distributed import (
     is_main,
     local_part,
     my_share,
+    on_main,
     rank,
     shard,
     world_size,
@@ -41,12 +43,14 @@ from engine.distributed import (
 from engine.files import (
     append_line,
     atomic_write,
+    fingerprint,
     read_json,
     read_lines,
     remove,
     write_json,
     write_lines,
 )
+from engine.journal import NOTHING, Journal
 from engine.memory import out_of_memory, peak_memory
 from engine.optim import load_optimizer_tensors, optimizer_tensors
 from engine.stop import Stop
@@ -168,7 +172,7 @@ class RecordedGame:
 
     def sample(self, prompts):
         path = self.folder / "responses.jsonl"
-        if finished(path):
+        if self.finished("responses", path):
             return read_responses(path, prompts, self.config.samples, self.vocab_size())
 
         with self.stage("responses", len(my_share(prompts)) * self.config.samples, unit="response"):
@@ -212,7 +216,7 @@ class RecordedGame:
         played and written there.
         """
         path = self.folder / f"{name}.safetensors"
-        if finished(path):
+        if self.finished(name, path):
             return read_tensor(path, name, (len(prompts), *shape))
 
         with self.stage(name, len(my_share(prompts))):
@@ -225,7 +229,7 @@ class RecordedGame:
     def fit(self, data, config, generator):
         path = self.folder / "policy"
         saver = Saver(self.folder, self.config.save_minutes)
-        if finished(path):
+        if self.finished("policy", path):
             load_weights(self.game.policy, path)
             steps = [row for _, row in read_lines(path / "steps.jsonl")]
         else:
@@ -241,7 +245,8 @@ class RecordedGame:
     def play_fit(self, path, saver, data, config, generator):
         """Fit, step by step, and write the checkpoint of π_{t+1}."""
         items = len(my_share(data.prompts)) * config.epochs
-        with self.stage("policy", items) as bar, saver:
+        kept = next(reversed(saver.kept()), None)
+        with self.stage("policy", items, begun=kept) as bar, saver:
             resume = partial(saver.resume, self.game.policy)
             for step in self.game.fit(data, config, generator, resume):
                 bar.set_postfix(loss=f"{step['loss']:.4g}", refresh=False)
@@ -255,10 +260,60 @@ class RecordedGame:
                     write_lines(temporary / "steps.jsonl", saver.steps)
         return saver.steps
 
+    def sources(self, stage: str) -> dict[str, str]:
+        """{file: fingerprint} of what a stage is made from. --policy is in config.json."""
+        responses = self.folder / "responses.jsonl"
+        paths = [responses]
+        if stage == "responses":
+            number = self.game.number
+            paths = [policy_folder(self.config, number)] if number > 1 else []
+        elif stage == "policy":
+            paths = [responses, *sorted(self.folder.glob("*.safetensors"))]
+        out = Path(self.config.out)
+        return {str(path.relative_to(out)): fingerprint(path) for path in paths if path.exists()}
+
+    def keep_sources(self, stage: str, made: Path | None) -> None:
+        """Note what a stage is made from or, where something is made already, compare: ValueError
+        if a file has changed in between.
+        """
+        path = self.folder / "made-from.json"
+
+        def work():
+            known = read_json(path) if path.exists() else {}
+            now = self.sources(stage)
+            if made is None:
+                return write_json(path, known | {stage: now})
+
+            before = known.get(stage, {})
+            for name in before.keys() & now.keys():
+                if before[name] != now[name]:
+                    differs = f"was made from another {name} than is there now"
+                    raise ValueError(f"{made}: {differs}; put that back, or {AGAIN}")
+
+        on_main(work)
+
+    def finished(self, stage: str, path: Path) -> bool:
+        """Whether the file or folder of a stage is there. ValueError if it was made from others."""
+        if not finished(path):
+            return False
+        self.keep_sources(stage, path)
+        self.journal(stage).forget()  # a process may have died between the two
+        return True
+
+    def journal(self, stage: str) -> Journal:
+        """Of this process's share of a stage."""
+        part = f"{rank() + 1}-of-{world_size()}"
+        return Journal(self.folder / f"{stage}.unfinished-{part}.jsonl")
+
     @contextmanager
-    def stage(self, name: str, items: int, unit: str = "prompt"):
-        """Show a progress bar, turn running out of memory into advice, and note the time."""
+    def stage(self, name: str, items: int, unit: str = "prompt", begun: Path | None = None):
+        """Show a progress bar, keep a journal, turn running out of memory into advice, and note the
+        time. `begun` is what there is of the stage, if it is not in a journal.
+        """
         start = time.perf_counter()
+        journal = self.journal(name)
+        self.game.journal = journal
+        self.keep_sources(name, journal.path if journal.known else begun)
         title = f"round {self.game.number}/{self.config.rounds} {name}"
         with tqdm(total=items, unit=unit, desc=title, leave=False, disable=not is_main()) as bar:
             self.game.progress = bar
@@ -273,6 +328,8 @@ class RecordedGame:
                 ) from None
 
         # After the file has its name: what is in timings.jsonl is finished.
+        journal.forget()
+        self.game.journal = NOTHING
         if is_main():
             row = {"round": self.game.number, "stage": name}
             row |= {

@@ -21,6 +21,9 @@ A policy P or Q is a checkpoint folder; or the folder of a run, which stands for
 average policy: each response comes from a round drawn at random (theorem 4.1; π_2 to π_{T+1}, the
 checkpoints that a run leaves); or, for `winrate`, a file of outputs in AlpacaEval's format, a JSON
 list of {instruction, output, generator}.
+
+What `outputs`, `winrate`, `distill` and `judge` have sampled, judged and learned is kept in
+OUT.unfinished until OUT is written: the same command continues.
 """
 
 import argparse
@@ -28,6 +31,8 @@ import os
 import sys
 import zlib
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,14 +54,23 @@ from data import (
 from engine.checkpoint import DTYPES, check_device, load_weights
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import new_figure, write_figure
-from engine.files import atomic_write, read_json, require_empty, write_json
-from engine.run_folder import round_policies
+from engine.files import (
+    atomic_write,
+    fingerprint,
+    read_json,
+    remove,
+    require_empty,
+    unfinished_folder,
+    write_json,
+)
+from engine.journal import NOTHING, Journal
+from engine.run_folder import Saver, claim, round_policies
 from evaluate import judge_report
 from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
 from generate import SamplingConfig, generate
 from judges.base import judge_in_batches
-from judges.load import load_judge
+from judges.load import judge_fingerprint, load_judge
 from model import Transformer
 from sppo import optimizer_step, sequence_logps, setting, win_rates
 
@@ -128,7 +142,7 @@ class Sampler:
         ids = [prompt.ids for prompt in prompts]
         end = (args.max_new_tokens, self.tokenizer.stop)
         how = (args.temperature, args.top_p, generator, args.pool, progress)
-        return generate(self.policy, ids, samples, *end, *how)
+        return generate(self.policy, ids, samples, *end, *how, journal=journal_of(args))
 
     def texts(self, prompts: list[Prompt], responses: list) -> list[list[str]]:
         """N lists of responses, as text instead of token ids."""
@@ -162,9 +176,14 @@ def judged(judge, prompts: list, responses: list, args: Namespace, generator, re
     place = order.argsort(1)  # (N, K): where each response went
 
     results = []
+    done = 0
     with tqdm(total=len(texts), unit="prompt", desc="judge", leave=False) as progress:
-        tables = judge_in_batches(judge, texts, shuffled, args.judge, progress, JUDGED_TOGETHER)
-        for table, back in zip(tables, place.split(JUDGED_TOGETHER)):
+        tables = judge_in_batches(
+            judge, texts, shuffled, args.judge, progress, JUDGED_TOGETHER, journal_of(args)
+        )
+        for table in tables:
+            back = place[done : done + len(table)]
+            done += len(table)
             n = torch.arange(len(table))[:, None, None]
             table = table[n, back[:, :, None], back[:, None, :]]  # in the order of `responses`
 
@@ -184,6 +203,41 @@ def generator_of(args: Namespace) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
+# ------------------------------------------------------------------------ what is unfinished
+
+
+@contextmanager
+def unfinished(args: Namespace) -> Iterator[Path]:
+    """OUT.unfinished, with the journal args.journal, until the command has written OUT.
+
+    ValueError names what is not as it was when the command was stopped.
+    """
+    folder = unfinished_folder(args.out)
+    args.journal = Journal(folder / "journal.jsonl")
+    if not args.journal.known and not any(folder.glob("fit-*")):
+        remove(folder)  # nothing to continue: any settings will do
+
+    settings = {name: value for name, value in vars(args).items() if name not in OURS}
+    content = {name: content_of(name, settings[name]) for name in INPUTS if settings.get(name)}
+    claim(folder, settings, Sampling, content)
+    yield folder
+    remove(folder)
+
+
+def journal_of(args: Namespace) -> Journal:
+    """Where there is one: not without --out."""
+    return getattr(args, "journal", NOTHING)
+
+
+def content_of(name: str, value: str):
+    """The fingerprints of what a flag names: of a run those of all its policies."""
+    if name == "judge":
+        return judge_fingerprint(value)
+    if round_policies(value):
+        return [fingerprint(policy) for policy in round_policies(value)]
+    return fingerprint(value)
+
+
 # ------------------------------------------------------------------------ outputs
 
 
@@ -199,19 +253,20 @@ def outputs(args: Namespace) -> None:
     prompts = {prompt_text(prompt): prompt for prompt in read_prompts(args.prompts)}
     prompts = list(prompts.values())
     generator = generator_of(args)
-    texts = responses_of(args.policy, prompts, args.best_of, args, generator)
+    with unfinished(args):
+        texts = responses_of(args.policy, prompts, args.best_of, args, generator)
 
-    best = [0] * len(prompts)
-    if judge is not None:
-        rates = judged(judge, prompts, texts, args, generator, win_rates)  # (N, n)
-        best = rates.argmax(-1).tolist()
+        best = [0] * len(prompts)
+        if judge is not None:
+            rates = judged(judge, prompts, texts, args, generator, win_rates)  # (N, n)
+            best = rates.argmax(-1).tolist()
 
-    name = args.name or Path(args.policy).resolve().name
-    rows = [
-        {"instruction": prompt_text(prompt), "output": row[k], "generator": name}
-        for prompt, row, k in zip(prompts, texts, best)
-    ]
-    write_json(args.out, rows)
+        name = args.name or Path(args.policy).resolve().name
+        rows = [
+            {"instruction": prompt_text(prompt), "output": row[k], "generator": name}
+            for prompt, row, k in zip(prompts, texts, best)
+        ]
+        write_json(args.out, rows)
     characters = mean([len(row["output"]) for row in rows])
     print(f"{args.out}: {len(rows)} outputs, {characters:.0f} characters on average")
 
@@ -227,14 +282,13 @@ def winrate(args: Namespace) -> None:
     """One policy against another, or all rounds of a run against each other."""
     prompts = read_prompts(args.prompts)
     judge = load_judge(args.judge, args.device)
-    if args.against:
-        versus(judge, prompts, args)
-    elif Path(args.policy).is_file() or len(checkpoints(args.policy)) == 1:
+    one = Path(args.policy).is_file() or len(checkpoints(args.policy)) == 1
+    if one and not args.against:
         raise ValueError(
             f"--against is missing: {args.policy} is one policy, with nothing to compare"
         )
-    else:
-        matrix(judge, prompts, args)
+    with unfinished(args) if args.out else nullcontext():
+        (versus if args.against else matrix)(judge, prompts, args)
 
 
 def versus(judge, prompts: list, args: Namespace) -> None:
@@ -371,7 +425,9 @@ def draw_matrix(names: list[str], table: Tensor):
     """The table as an image, with about twelve labels on each axis."""
     figure = new_figure(7.2, 6)
     axes = figure.subplots()
-    image = axes.imshow(table, cmap="PuOr", vmin=0, vmax=1)  # white at ½
+    # White at ½, and as much on either side as the clearest win rate needs, in tenths.
+    reach = max(1, np.ceil(10 * (table - 0.5).abs().max().item() - 1e-9)) / 10
+    image = axes.imshow(table, cmap="PuOr", vmin=0.5 - reach, vmax=0.5 + reach)
 
     # The average, which is last, always has a label, in place of the one before if need be.
     last = len(names) - 1
@@ -420,8 +476,19 @@ def distill(args: Namespace) -> None:
     generator = generator_of(args)
     sampler = Sampler(args.run_folder, args)
     ready = sampler.prompts(prompts)
-    responses = sampler.mixture(ready, args.samples, generator)
-    rows = [(prompt.ids, response) for prompt, row in zip(ready, responses) for response in row]
+    with unfinished(args) as folder:
+        responses = sampler.mixture(ready, args.samples, generator)
+        saver = Saver(folder, args.save_minutes)
+        count = fit_to(sampler, ready, responses, args, generator, saver)
+        save(sampler.policy, sampler.folders[-1], args.out)
+    print(f"{args.out}: fitted to {count} responses of {len(sampler.folders)} checkpoints")
+
+
+def fit_to(
+    sampler: Sampler, prompts: list, responses: list, args: Namespace, generator, saver: Saver
+) -> int:
+    """Maximum likelihood of N lists of responses, from the last round's weights on; how many."""
+    rows = [(prompt.ids, response) for prompt, row in zip(prompts, responses) for response in row]
 
     # The sampler leaves in memory whichever round it used last.
     policy = sampler.policy
@@ -431,19 +498,22 @@ def distill(args: Namespace) -> None:
     for _ in range(args.epochs):  # all at once: the learning rate falls to 0 at the last
         batches += torch.randperm(len(rows), generator=generator).split(args.batch)
 
-    for step, batch in enumerate(tqdm(batches, unit="step", desc="distill", leave=False)):
-        texts = [rows[i] for i in batch.tolist()]
-        tokens, mask = pad_responses(*zip(*texts), device=args.device)
-        loss = -sequence_logps(policy(tokens), tokens, mask).mean()
-        loss.backward()
+    done = saver.resume(policy, optimizer)
+    bar = tqdm(total=len(batches), initial=done, unit="step", desc="distill", leave=False)
+    with saver, bar:
+        for step in range(done, len(batches)):
+            texts = [rows[i] for i in batches[step].tolist()]
+            tokens, mask = pad_responses(*zip(*texts), device=args.device)
+            loss = -sequence_logps(policy(tokens), tokens, mask).mean()
+            loss.backward()
 
-        # The log-probability of a response is a sum over its tokens, so the gradients are large:
-        # they are clipped to norm 1.
-        lr = args.lr * (1 - step / len(batches))
-        optimizer_step(optimizer, policy, lr, 1.0, f"step {step + 1}")
-
-    save(policy, sampler.folders[-1], args.out)
-    print(f"{args.out}: fitted to {len(rows)} responses of {len(sampler.folders)} checkpoints")
+            # The log-probability of a response is a sum over its tokens, so the gradients are
+            # large: they are clipped to norm 1.
+            lr = args.lr * (1 - step / len(batches))
+            optimizer_step(optimizer, policy, lr, 1.0, f"step {step + 1}")
+            bar.update()
+            saver.after({"step": step + 1, "loss": loss.item()})
+    return len(rows)
 
 
 def save(policy: Transformer, source: Path, out: str | Path) -> None:
@@ -466,11 +536,11 @@ def report(args: Namespace) -> None:
         )
     judge = load_judge(args.judge, args.device)
     pairs = read_pairs(args.pairs)
-    result = judge_report.report(judge, pairs, args.judge)
-
-    source = {"judge_spec": args.judge, "pairs_file": args.pairs}
-    write_json(out / "report.json", source | result)
-    write_figure(out / "report.png", judge_report.draw(result))
+    with unfinished(args):
+        result = judge_report.report(judge, pairs, args.judge, journal=args.journal)
+        source = {"judge_spec": args.judge, "pairs_file": args.pairs}
+        write_json(out / "report.json", source | result)
+        write_figure(out / "report.png", judge_report.draw(result))
     judge_report.print_report(result)
     print(f"\n{out / 'report.json'}, {out / 'report.png'}")
 
@@ -510,12 +580,14 @@ class Distill:
     epochs: int = setting(3, "passes over the samples", low=1)
     batch: int = setting(64, "responses per optimizer step", low=1)
     lr: float = setting(1e-4, "at the first step, falls to zero", low=1e-12, high=1e3)
+    save_minutes: float = setting(10.0, "minutes between saves; inf: never", low=0, free=True)
 
 
 INPUTS = (
     "policy", "against", "run_folder", "prompts", "judge", "pairs", "annotations", "difficulty",
     "gamed",
 )  # fmt: skip
+OURS = ("out", "run", "journal", "save_minutes")  # arguments that a stopped command may differ in
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -647,7 +719,8 @@ def main(arguments: list[str] | None = None) -> int:
     # `chat` has no --out, and the pairs that it adds to are its output.
     out = getattr(args, "out", None)
     inputs = [getattr(args, name, None) for name in INPUTS] if out else []
-    return exit_code("evaluate", work, out=out, inputs=inputs)
+    stopped = "stopped; the same command continues" if out else "stopped"
+    return exit_code("evaluate", work, stopped, out, inputs)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ a pair around changes no number.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.figures import BLUE, GREY, ORANGE, new_figure
-from judges.base import Judge, checked, checked_tables
+from engine.journal import NOTHING, Journal
+from judges.base import BATCH, Judge, checked, listed_tables, put
 
 BINS = 10  # of confidence, from ½ to 1
 VOTES = {1: 1.0, 2: 0.0, 0: 0.5}  # a vote as a label: 1 chosen, 2 rejected, 0 a tie
@@ -227,21 +229,28 @@ def voters(pairs: list[dict]) -> list[list[float]]:
 
 
 @torch.no_grad()
-def report(judge, pairs: list[dict], name: str = "", size: int = 32, seed: int = 0) -> dict:
+def report(
+    judge, pairs: list[dict], name: str = "", size: int = BATCH, seed: int = 0,
+    journal: Journal = NOTHING,
+) -> dict:  # fmt: skip
     """Every number of a judge on labelled pairs, as data.read_pairs gives them.
 
     `name` is what an error message calls the judge; `size` pairs are judged at a time, with sides
-    drawn at random from `seed`. ValueError if the judge returns anything but preferences.
+    drawn at random from `seed`; `journal` keeps what it says. ValueError if the judge returns
+    anything but preferences.
     """
     label = torch.tensor([pair["probability"] for pair in pairs], dtype=torch.float64)
     difference = [len(pair["chosen"]) - len(pair["rejected"]) for pair in pairs]
     difference = torch.tensor(difference, dtype=torch.float64)
-    preference, extras = ask(judge, pairs, name, size, seed)
+    preference, extras = ask(judge, pairs, name, size, seed, journal)
 
     # The circles of a judge need all responses to a prompt in one table.
     tables = []
     for prompt, texts in tqdm(response_sets(pairs), desc="all responses of a prompt", leave=False):
-        tables.append(checked_tables(judge, [prompt], [texts], name)[0])
+        table = journal.keep(
+            f"all of {prompt}", partial(listed_tables, judge, [prompt], [texts], name)
+        )
+        tables.append(torch.tensor(table[0]))
 
     result = agreement(preference, label) | calibration(preference, label)
     result |= length_numbers(preference, label, difference)
@@ -259,7 +268,7 @@ def report(judge, pairs: list[dict], name: str = "", size: int = 32, seed: int =
 
 
 def ask(
-    judge, pairs: list[dict], name: str, size: int, seed: int
+    judge, pairs: list[dict], name: str, size: int, seed: int, journal: Journal = NOTHING
 ) -> tuple[Tensor, dict[str, float]]:
     """P(chosen beats rejected) (n,) float64, and the means of the judge's extra numbers."""
     turned = torch.rand(len(pairs), generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -267,20 +276,30 @@ def ask(
     sides = [row[::-1] if turn else row for row, turn in zip(sides, turned)]
     prompts = [pair["prompt"] for pair in pairs]
 
+    # A judge that takes prompts one by one has each answer kept at once.
+    size = min(size, getattr(judge, "together", size))
     tables = []
     extras = defaultdict(list)
     for start in tqdm(range(0, len(pairs), size), desc="pairs", unit="batch", leave=False):
-        asked = prompts[start : start + size]
-        table, more = examine(judge, asked, sides[start : start + size])
-        tables.append(checked(table, asked, 2, name))
+        batch = slice(start, start + size)
+        ask = partial(answers, judge, prompts[batch], sides[batch], name)
+        table, more = journal.keep(f"pairs from {start}", ask)
+        tables.append(torch.tensor(table))
 
         # Disagreement and inconsistency are the same seen from either side: nothing to turn back.
         for key, value in more.items():
-            extras[key].append(value[:, 0, 1])
+            extras[key].append(torch.tensor(value)[:, 0, 1])
 
     preference = torch.cat(tables)[:, 0, 1].double()
     preference = torch.where(turned, 1 - preference, preference)
     return preference, {key: torch.cat(values).mean().item() for key, values in extras.items()}
+
+
+def answers(judge, prompts: list[str], sides: list[list[str]], name: str) -> tuple[list, dict]:
+    """What `examine` finds, checked, as lists that a journal can keep."""
+    tables, more = put(judge, lambda: examine(judge, prompts, sides), prompts, name)
+    tables = checked(tables, prompts, 2, name)
+    return tables.tolist(), {key: value.tolist() for key, value in more.items()}
 
 
 def examine(judge, prompts: list[str], responses: list[list[str]]) -> tuple[Tensor, dict]:
@@ -350,20 +369,31 @@ def draw_reliability(axes, result: dict) -> None:
 
 
 def draw_length(axes, rows: list[dict]) -> None:
-    """Means over parts of equally many pairs, since most differ little in length and few much."""
-    rows = [row for row in rows if row["difference"] > 0]
-    difference = []
-    preference = []
-    for i in range(PARTS):
-        part = rows[i * len(rows) // PARTS : (i + 1) * len(rows) // PARTS]
-
-        # With fewer pairs than parts, some are empty.
-        if part:
-            difference.append(sum(row["difference"] for row in part) / len(part))
-            preference.append(sum(row["preference"] for row in part) / len(part))
-
+    """Means over parts of about equally many pairs, since most differ little in length."""
+    points = length_parts([row for row in rows if row["difference"] > 0])
     axes.axhline(0.5, color=GREY, linewidth=0.8)
-    if difference:  # an empty line would move the axes
-        axes.plot(difference, preference, "o-", color=ORANGE)
-    axes.set(xlabel="difference of lengths (characters), an eighth of the pairs each", ylim=(0, 1))
-    axes.set(ylabel="mean P(longer beats shorter)", title="Does it like length?")
+    if points:  # an empty line would move the axes
+        axes.plot(*zip(*points), "o-", color=ORANGE)
+
+    axes.set(xlabel=f"difference of lengths (characters), up to {PARTS} parts of the pairs")
+    axes.set(ylabel="mean P(longer beats shorter)", title="Does it like length?", ylim=(0, 1))
+
+
+def length_parts(rows: list[dict]) -> list[tuple[float, float]]:
+    """(mean difference, mean preference) of each part of rows that are sorted by difference.
+
+    Pairs of one difference stay together, so that no two parts stand at the same place.
+    """
+    parts = [[] for _ in range(PARTS)]
+    part = 0
+    for i, row in enumerate(rows):
+        # A part begins where it should, or at the next pair that differs from the one before.
+        if i == 0 or row["difference"] != rows[i - 1]["difference"]:
+            part = i * PARTS // len(rows)
+        parts[part].append(row)
+
+    return [
+        tuple(sum(row[key] for row in part) / len(part) for key in ("difference", "preference"))
+        for part in parts
+        if part
+    ]

@@ -13,12 +13,14 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.journal import NOTHING, Journal
 from engine.memory import out_of_memory
 from engine.terminal import printable
 from sppo import win_rates
@@ -31,6 +33,7 @@ class Judge:
     """Base class. A subclass has `preferences_many`."""
 
     retries = RETRIES
+    together = BATCH  # prompts that are judged in one call
 
     def preferences_many(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
         """(N, K, K) float32: a table for each prompt."""
@@ -47,6 +50,8 @@ class Judge:
 
 class Rule(Judge):
     """A judge from a function (prompt, responses) -> K × K numbers."""
+
+    together = 1  # it gains nothing from more, and what it says of a prompt is kept at once
 
     def __init__(self, function: Callable, **arguments):
         self.function = function
@@ -209,18 +214,25 @@ def described(error: BaseException) -> str:
 
 def judge_in_batches(
     judge, prompts: list[str], responses: list[list[str]], name: str, progress=None,
-    size: int = BATCH,
+    size: int = BATCH, journal: Journal = NOTHING,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Yield the judge's tables (n, K, K), `size` prompts at a time; see `checked_tables`."""
+    """Yield the judge's tables (n, K, K), of `size` prompts or fewer; see `checked_tables`.
+
+    `journal` keeps them, and has those of a stopped run.
+    """
     # The title of the bar is the stage of the run, which an error should name.
     stage = getattr(progress, "desc", None)
 
+    size = min(size, getattr(judge, "together", size))
+
     for start in range(0, len(prompts), size):
         batch = slice(start, start + size)
+        ask = partial(listed_tables, judge, prompts[batch], responses[batch], name)
         try:
-            tables = checked_tables(judge, prompts[batch], responses[batch], name)
+            kept = journal.keep(f"tables from {start}", ask)
         except JudgeError as error:
             raise JudgeError(f"{stage}: {error}" if stage else str(error)) from error
+        tables = torch.tensor(kept)
         yield tables
         if progress is not None:
             progress.update(len(tables))
@@ -228,11 +240,20 @@ def judge_in_batches(
 
 def checked_tables(judge, prompts: list[str], responses: list[list[str]], name: str) -> Tensor:
     """The judge's tables, (N, K, K) float32 on the CPU; see `asked` and `checked`."""
+    tables = put(judge, lambda: judge.preferences_many(prompts, responses), prompts, name)
+    return checked(tables, prompts, len(responses[0]), name)
+
+
+def listed_tables(judge, prompts: list[str], responses: list[list[str]], name: str) -> list:
+    """`checked_tables` as lists, which a journal can keep."""
+    return checked_tables(judge, prompts, responses, name).tolist()
+
+
+def put(judge, question: Callable, prompts: list[str], name: str):
+    """The answer to a question to a judge about these prompts; see `asked`."""
     which = "prompt" if len(prompts) == 1 else f"one of {len(prompts)} prompts from"
     where = f"judge {printable(name, 80)}, {which} {prompts[0][:40]!r}"
-    retries = getattr(judge, "retries", RETRIES)
-    tables = asked(lambda: judge.preferences_many(prompts, responses), where, retries)
-    return checked(tables, prompts, len(responses[0]), name)
+    return asked(question, where, getattr(judge, "retries", RETRIES))
 
 
 def checked(tables, prompts: list[str], K: int, name: str) -> Tensor:

@@ -32,7 +32,7 @@ import prefmodel
 from data import read_pairs, text_field
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import BLUE, GREY, ORANGE, new_figure, error_bars, write_figure
-from engine.files import keep_lines, read_lines, write_json, write_lines
+from engine.files import keep_lines, read_lines, unfinished_folder, write_json, write_lines
 from engine.run_folder import claim
 from evaluate.judge_report import agreement, ask, calibration, longer_rate
 from judges.load import load_judge
@@ -185,7 +185,7 @@ def play(args: argparse.Namespace) -> None:
     sets = {HELD_OUT: held_out} | sets
 
     judge = out / "judge"
-    if not judge.exists() or prefmodel.unfinished_folder(judge).exists():
+    if not judge.exists() or unfinished_folder(judge).exists():
         changes = {"pairs": str(out / "training.jsonl"), "backbone": args.policy, "out": str(judge)}
         changes |= {"held_out": 0.0, "patience": None, "from_scratch": False}
         prefmodel.train(argparse.Namespace(**(vars(args) | changes)))

@@ -35,6 +35,12 @@ def content(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.name not in ("timings.jsonl", "curves.png")}
 
 
+def stages(folder):
+    """The names of what is finished of a round: not what it was made from, nor the journal of a stage that is not whole."""
+    names = {path.name for path in Path(folder).iterdir()}
+    return {name for name in names if name != "made-from.json" and ".unfinished-" not in name}
+
+
 def in_child(arguments, told, moment, limit, environment):
     """The body of a child process: the command, talking into a pipe, to be killed at a moment or with short files."""
     os.dup2(told.fileno(), 1)
