@@ -10,9 +10,11 @@ sentences and words are split by rule here, in every file alike.
 """
 
 import argparse
+import importlib.util
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -27,6 +29,12 @@ RESAMPLES = 2000
 def load_checker():
     """lm_eval's strict test of a response, with rules in place of NLTK's data."""
     import nltk
+
+    # Of the package only the checkers: all of it needs a dozen others.
+    folder = Path(importlib.util.find_spec("lm_eval").origin).parent
+    for name, path in (("lm_eval", folder), ("lm_eval.tasks", folder / "tasks")):
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(path)]
 
     nltk.data.find = lambda *_: None  # lm_eval downloads what is not found
     from lm_eval.tasks.ifeval import instructions_util, utils

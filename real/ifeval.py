@@ -13,7 +13,7 @@ import sys
 from data import read_prompts
 from engine.command import add_flags, check_settings, exit_code
 from engine.files import read_lines, write_lines
-from evaluate.__main__ import Sampling, generator_of, responses_of
+from evaluate.__main__ import Sampling, generator_of, responses_of, unfinished
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -21,10 +21,10 @@ def answer(args: argparse.Namespace) -> None:
     check_settings(args, Sampling)
     rows = [row for _, row in read_lines(args.prompts)]
     prompts = read_prompts(args.prompts)
-    responses = responses_of(args.policy, prompts, 1, args, generator_of(args))
-
-    answered = [row | {"response": text} for row, (text,) in zip(rows, responses, strict=True)]
-    write_lines(args.out, answered)
+    with unfinished(args):
+        responses = responses_of(args.policy, prompts, 1, args, generator_of(args))
+        answered = [row | {"response": text} for row, (text,) in zip(rows, responses, strict=True)]
+        write_lines(args.out, answered)
     print(f"{args.out}: {len(answered)} responses")
 
 
