@@ -15,6 +15,9 @@ N prompts a round, K responses each, S of them trained on, T tokens in a row, P 
 10^9 bytes. Costs are those of rows of mean length; memory is that of the longest possible rows.
 """
 
+import engine.quiet  # noqa: F401  first, see there
+
+# isort: split
 import heapq
 import math
 import sys

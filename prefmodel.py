@@ -5,6 +5,9 @@ python prefmodel.py train --pairs pairs.jsonl --backbone DIR --out DIR
 Until the judge is finished, its training is kept in DIR.unfinished: the same command continues it.
 """
 
+import engine.quiet  # noqa: F401  first, see there
+
+# isort: split
 import argparse
 import json
 import math

@@ -5,10 +5,13 @@
 
 A round is `sppo_round` in sppo.py. This file gives it a `TextGame` made of a policy,
 a judge and a tokenizer, inside a `RecordedGame` (engine/run_folder.py) that keeps every finished
-stage in RUN/round-01/, ... A run that was stopped, killed even, continues after its last finished
-stage when the same command is given again, to the same numbers.
+stage in RUN/round-01/, ... and inside of a stage each response, table and, now and then, the fit. A
+run that was stopped, killed even, continues when the same command is given again, to the same bits.
 """
 
+import engine.quiet  # noqa: F401  first, see there
+
+# isort: split
 import argparse
 import os
 import sys
@@ -93,6 +96,15 @@ PRESETS = {
         rounds=80, samples=16, select="all", reuse_prompts=True, eta=2.0,
         optimizer="adamw", lr=3e-4, warmup=0.0, epochs=3, batch=25, micro_batch=25,
         max_new_tokens=4, template="plain", pool=1600,
+    ),
+    # A chat model of 135M parameters on two cores (real/instructions.py), and what to begin with on
+    # prompts of one's own. A round sees its prompts once: a second epoch would fit samples, not
+    # preferences (a step moves the likelihood of what it has seen by nats). A batch is as large as
+    # that: in smaller ones, responses only became longer.
+    "smollm2": dict(
+        rounds=8, samples=8, select="best-worst", eta=15.0, temperature=0.7,
+        optimizer="adamw", lr=6e-5, epochs=1, batch=32, micro_tokens=1024,
+        max_new_tokens=96, pool=192, save_minutes=2.0, dtype="bfloat16",
     ),
     # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimizer and micro-batch
     # are those of the authors' code (uclaml/SPPO), as are 2048 new tokens (scripts/generate.sh).

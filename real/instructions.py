@@ -35,18 +35,11 @@ from real import measurement
 from real.prompts import SPLITS, draw_prompts, shuffled
 from real.rule import level, preferences
 from sppo import setting
-from train import TrainConfig, check, run
+from train import PRESETS, TrainConfig, check, run
 
-# Every round has prompts of its own, and sees each of them once: a second epoch would fit samples,
-# not preferences (a step moves the likelihood of what it has seen by nats). A batch is as large as
-# that: in smaller ones, responses only became longer. bfloat16 weights are updated with stochastic
-# rounding (engine/optim.py).
-RECIPE = dict(
-    policy="out/smollm2", judge="real.instructions:rule", out="out/smollm2-instructions",
-    rounds=8, samples=8, select="best-worst", eta=15.0, temperature=0.7,
-    optimizer="adamw", lr=6e-5, epochs=1, batch=32, micro_tokens=1024,
-    max_new_tokens=96, pool=192, save_minutes=2.0, dtype="bfloat16",
-)  # fmt: skip
+RECIPE = PRESETS["smollm2"] | dict(
+    policy="out/smollm2", judge="real.instructions:rule", out="out/smollm2-instructions"
+)
 
 
 @dataclass(frozen=True)

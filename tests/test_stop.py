@@ -93,3 +93,15 @@ def test_a_state_that_cannot_be_written_is_told_and_the_fit_goes_on(world, tmp_p
     assert "the fit goes on, but its state could not be saved: No space left" in capfd.readouterr().err
     differ = {name for name, data in content(tmp_path / "whole").items() if content(tmp_path / "run")[name] != data}
     assert differ == {"config.json"}  # --save-minutes
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["prefmodel.py", "train"], ["plan.py"], ["-m", "evaluate", "lc"], ["-m", "real.ability"]])
+def test_control_c_while_torch_is_being_imported_ends_with_one_word(command):
+    """The signal comes when the import of torch begins, which a module of that name before it in the path says."""
+    code = "import os, signal, sys; os.kill(os.getpid(), signal.SIGINT)"
+    runner = f"import sys, importlib.abc as a\nclass Finder(a.MetaPathFinder):\n def find_spec(self, name, *_):\n  if name == 'torch': exec({code!r})\n"
+    path = "-m" in command and f"runpy.run_module({command[1]!r}, run_name='__main__', alter_sys=True)"
+    path = path or f"runpy.run_path({str(ROOT / command[0])!r}, run_name='__main__')"
+    runner += f"sys.meta_path.insert(0, Finder()); sys.path.insert(0, {str(ROOT)!r})\nimport runpy\nsys.argv = ['x']\n{path}"
+    result = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert result.stderr == "stopped\n" and result.returncode in (130, -signal.SIGINT)
