@@ -49,6 +49,9 @@ class PromptConfig:
     training_prompts: int = setting(96, "prompts of a round", low=1, high=500)
     held_out_prompts: int = setting(96, "of each held-out split", low=1, high=500)
     measured: int = setting(2, "responses of each policy to each prompt", low=1)
+    measure_every: int = setting(
+        1, "measure each so-many-th round and the last; the average is then of these", low=1
+    )
 
 
 def rule(prompt: str, responses: list[str]) -> Tensor:
@@ -86,11 +89,14 @@ def play(config: TrainConfig, counts: PromptConfig) -> None:
     prompts = {
         split: draw_prompts(split, counts.held_out_prompts, config.seed) for split in held_out
     }
-    records = measurement.ask_policies(config, prompts, counts.measured)
-    result = measurement.summarize(records)
+    every = counts.measure_every
+    rounds = [number for number in range(1, config.rounds + 1) if number % every == 0]
+    rounds = sorted({*rounds, config.rounds})
+    records = measurement.ask_policies(config, prompts, counts.measured, rounds)
+    result = measurement.summarize(records, rounds)
     write_json(out / "measure.json", result)
     measurement.draw(result, out / "measure.png")
-    write_text(out / "samples.md", measurement.samples_page(records))
+    write_text(out / "samples.md", measurement.samples_page(records, config.rounds))
     measurement.print_table(result)
     minutes = (time.monotonic() - begun) / 60
     print(f"\n{out}: measure.json, measure.png, samples.md; {minutes:.1f} minutes")

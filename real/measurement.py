@@ -44,14 +44,16 @@ def policy_name(number: int) -> str:
     return f"round-{number:02d}" if number else "base"
 
 
-def ask_policies(config: TrainConfig, prompts: dict, measured: int) -> list[list[dict]]:
-    """The record of the base and of each round's policy, read, or made and written.
+def ask_policies(
+    config: TrainConfig, prompts: dict, measured: int, rounds: list[int]
+) -> list[list[dict]]:
+    """The record of the base and of the policies after these rounds, read, or made and written.
 
     `prompts` are {split: texts}. ValueError if a record that is there is of other prompts.
     """
     folder = Path(config.out) / "measure"
-    paths = [folder / f"{policy_name(number)}.jsonl" for number in range(config.rounds + 1)]
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    paths = {number: folder / f"{policy_name(number)}.jsonl" for number in (0, *rounds)}
+    missing = [number for number, path in paths.items() if not path.exists()]
 
     if missing:
         asker = Asker(config, prompts, measured)
@@ -68,7 +70,7 @@ def ask_policies(config: TrainConfig, prompts: dict, measured: int) -> list[list
                 append_line(Path(config.out) / "timings.jsonl", row)
 
     asked = [(split, prompt) for split, texts in prompts.items() for prompt in texts]
-    return [read_record(path, asked, measured) for path in paths]
+    return [read_record(path, asked, measured) for path in paths.values()]
 
 
 def read_record(path: Path, asked: list[tuple], measured: int) -> list[dict]:
@@ -208,7 +210,7 @@ def by_kind(record: list[dict]) -> dict[str, float]:
     return {name: mean(kept[name]) for name in sorted(kept)}
 
 
-def summarize(records: list[list[dict]]) -> dict:
+def summarize(records: list[list[dict]], rounds: list[int]) -> dict:
     """The numbers of all policies from their records, the base's first: what measure.json holds."""
     base = records[0]
     numbers = [[judged(*pair) for pair in zip(record, base, strict=True)] for record in records]
@@ -229,6 +231,7 @@ def summarize(records: list[list[dict]]) -> dict:
     return {
         "prompts": {split: sum(row["split"] == split for row in base) for split in splits},
         "responses_per_prompt": len(base[0]["responses"]),
+        "measured_rounds": rounds,
         "base": described[0],
         "rounds": described[1:-1],
         "average": described[-1],
@@ -261,8 +264,8 @@ def draw(result: dict, path: Path) -> None:
     figure = new_figure(13, 4.4)
     left, middle, right = figure.subplots(1, 3)
     policies = [result["base"], *result["rounds"]]
-    rounds = range(len(policies))
-    aside = len(policies) + 0.5  # where the average stands
+    rounds = [0, *result["measured_rounds"]]
+    aside = rounds[-1] + 1.5  # where the average stands
     looks = dict(zip(LABELS, ((BLUE, "o"), (ORANGE, "s"))))
 
     for index, (split, (colour, marker)) in enumerate(looks.items()):
@@ -310,7 +313,7 @@ def whiskers(axes, places: list, rows: list[dict], name: str, **style) -> None:
     axes.errorbar(places, values, error, **style)
 
 
-def samples_page(records: list[list[dict]]) -> str:
+def samples_page(records: list[list[dict]], rounds: int) -> str:
     """Markdown: the first held-out prompts of either split, and each one's first responses."""
     before = records[0]
     after = records[-1]
@@ -319,7 +322,6 @@ def samples_page(records: list[list[dict]]) -> str:
         places = [n for n, row in enumerate(before) if row["split"] == split]
         chosen += places[: SAMPLES // 2]
 
-    rounds = len(records) - 1
     parts = ["# Ten held-out prompts, before and after\n\nNot picked: the first ones, and of each"]
     parts[0] += " policy the first response.\n"
     for number, n in enumerate(chosen, 1):

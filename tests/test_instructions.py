@@ -1,6 +1,7 @@
 """Claims about real/instructions.py and what it is made of: prompts, constraints, the rule, the measurement."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,7 +263,7 @@ SECOND = [record("", ""), record("", ""), record(GOOD, GOOD, prompt=LONG, split=
 
 
 def test_numbers_of_small_records_are_those_worked_out_by_hand():
-    result = measurement.summarize([BASE, FIRST, SECOND])
+    result = measurement.summarize([BASE, FIRST, SECOND], [1, 2])
     base, first, average = result["base"]["topics"], result["rounds"][0]["topics"], result["average"]["topics"]
     assert result["prompts"] == {"topics": 2, "kinds": 1} and result["responses_per_prompt"] == 2
     # The empty response has no comma and few words: it passes, and is degenerate.
@@ -280,7 +281,7 @@ def test_numbers_of_small_records_are_those_worked_out_by_hand():
 
 
 def test_the_average_is_the_mean_of_the_rounds():
-    result = measurement.summarize([BASE, FIRST, SECOND])
+    result = measurement.summarize([BASE, FIRST, SECOND], [1, 2])
     for name in measurement.MEANS:
         rounds = [policy["topics"][name] for policy in result["rounds"]]
         assert result["average"]["topics"][name] == pytest.approx(sum(rounds) / 2)
@@ -351,6 +352,16 @@ def test_the_command_leaves_what_it_says(whole):
     assert -8 < result["base"]["topics"]["log_likelihood"] < -3  # log 99 = 4.6
     page = (whole / "samples.md").read_text()
     assert page.count("\n## ") == 6 and page.count("**Base**") == page.count("**After round 2**") == 6
+
+
+def test_fewer_rounds_measured_are_the_same_numbers_of_these(whole, chat_model, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("measure*"))
+    monkeypatch.chdir(tmp_path)
+    assert main(command(chat_model, "--measure-every", "2")) == 0
+    assert sorted(path.name for path in (tmp_path / "run/measure").iterdir()) == ["base.jsonl", "round-02.jsonl"]
+    few, all_ = read_json(tmp_path / "run/measure.json"), read_json(whole / "measure.json")
+    assert few["measured_rounds"] == [2] and all_["measured_rounds"] == [1, 2]
+    assert few["rounds"] == all_["rounds"][1:] and few["base"] == all_["base"]
 
 
 def test_the_record_has_the_log_likelihood_of_the_base(whole, chat_model):
