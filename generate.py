@@ -187,7 +187,7 @@ class Pool:
     temperature: float
     top_p: float
     record: bool  # the log-probability of each token, too
-    journal: Journal
+    journal: Journal = NOTHING
 
     def __post_init__(self):
         rows = len(self.cache.length)

@@ -25,6 +25,7 @@ import torch
 
 from data import Prompt, Tokenizer, outputs_for, pad_responses, prepare_prompts, read_prompts
 from engine import distributed
+from engine.advice import advice, written
 from engine.checkpoint import DTYPES, check_device, load_weights
 from engine.command import add_flags, check_settings, exit_code
 from engine.figures import draw_curves
@@ -368,7 +369,9 @@ def claim_folder(config: TrainConfig) -> None:
         paths = ("policy", "prompts", "opponents", "reference")
         content = {name: fingerprint(getattr(config, name)) for name in paths}
         content["judge"] = judge_fingerprint(config.judge)
-        claim(config.out, settings, TrainConfig, content)
+        # Where all rounds see the same prompts there may be more of them than at first.
+        grows = ("rounds",) if config.reuse_prompts else ()
+        claim(config.out, settings, TrainConfig, content, grows)
 
     distributed.on_main(work)
 
@@ -389,8 +392,10 @@ def run(config: TrainConfig) -> list[dict]:
     out = Path(config.out)
     metrics = Metrics(out / "metrics.jsonl")
     drawn = time.monotonic()
+    said = set()
     for number, part in enumerate(prompts, 1):
         start = time.monotonic()
+        old = finished(round_folder(out, number) / "policy")
 
         # A stage that a stopped run has finished is read by the recorded game, and not played
         # again.
@@ -401,13 +406,16 @@ def run(config: TrainConfig) -> list[dict]:
         if distributed.is_main():
             seconds = time.monotonic() - start
             cost = f"{seconds:.1f} s, {peak_memory(config.device):.2f} GB"
-            print(describe(metrics.lines[-1], config), cost, flush=True)
+            print(describe(metrics.lines[-1], config), "(before)" if old else cost, flush=True)
+            said |= warn(metrics.lines[-1], result["steps"], said)
 
             # The rounds of a small world take less time than a figure.
             if number == config.rounds or time.monotonic() - drawn > 60:
                 draw_curves(metrics.lines, out / "curves.png")
                 drawn = time.monotonic()
 
+    if distributed.is_main():
+        print("finished already," if old else "finished,", written(config.out, config.rounds))
     distributed.stop()
     return metrics.lines
 
@@ -426,6 +434,16 @@ def summary(number: int, result: dict, stop: tuple) -> dict:
         "mean_tokens": sum(map(len, responses)) / len(responses),
         "stopped": sum(stopped) / len(stopped),
     }
+
+
+def warn(row: dict, steps: list[dict], said: set) -> set:
+    """Say what is odd about a round's numbers; returns of which kinds that is."""
+    found = advice(row, steps)
+
+    # Each kind once: what is wrong with one round is wrong with the next.
+    for kind in found.keys() - said:
+        print(f"warning: {found[kind]}", file=sys.stderr, flush=True)
+    return set(found)
 
 
 def describe(row: dict, config: TrainConfig) -> str:

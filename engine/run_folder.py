@@ -74,12 +74,28 @@ def round_policies(run: str | Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.parent.name.removeprefix("round-")))
 
 
-def claim(out: str | Path, settings: dict, declared: type, content: dict | None = None) -> None:
+def template_of(folder: str | Path) -> str | None:
+    """The template that a run was trained with: its folder, or that of a round's policy. None where
+    the folder is of something else.
+    """
+    for place in (Path(folder), Path(folder, "..", "..")):
+        path = place / "config.json"
+        settings = read_json(path) if path.is_file() else {}
+        if "reuse_prompts" in settings:  # of a run, and not of a model
+            return settings.get("template")
+    return None
+
+
+def claim(
+    out: str | Path, settings: dict, declared: type, content: dict | None = None,
+    grows: tuple = (),
+) -> None:  # fmt: skip
     """Write config.json into a new run folder, or compare the settings with those of an old one.
 
     `declared` is their class. One that was added since the run was started had its default, and
     one that is `free` may differ. `content` are the fingerprints of the files that some settings
-    name: these are compared, and not the paths. ValueError names the first setting that differs.
+    name: these are compared, and not the paths. Numbers named in `grows` may be larger than they
+    were. ValueError names the first setting that differs.
     """
     content = content or {}
     known_to_all = [field for field in fields(declared) if field.name in settings]
@@ -104,7 +120,9 @@ def claim(out: str | Path, settings: dict, declared: type, content: dict | None 
             continue
         before = old.get(name)
         now = settings.get(name)
-        if name not in free and now != before:
+        if name in grows and now > before:
+            write_json(path, read_json(path) | {name: now})
+        elif name not in free and now != before:
             differs = f"this run was started with {flag(name)} {before}, now it is {now}"
             remedy = "give the same settings to continue it, or another --out"
             raise ValueError(f"{path}: {differs}; {remedy}")

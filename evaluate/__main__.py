@@ -42,6 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
+    TEMPLATES,
     Prompt,
     Tokenizer,
     outputs_for,
@@ -64,7 +65,7 @@ from engine.files import (
     write_json,
 )
 from engine.journal import NOTHING, Journal
-from engine.run_folder import Saver, claim, round_policies
+from engine.run_folder import Saver, claim, round_policies, template_of
 from evaluate import judge_report
 from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
@@ -425,9 +426,10 @@ def draw_matrix(names: list[str], table: Tensor):
     """The table as an image, with about twelve labels on each axis."""
     figure = new_figure(7.2, 6)
     axes = figure.subplots()
-    # White at ½, and as much on either side as the clearest win rate needs, in tenths.
-    reach = max(1, np.ceil(10 * (table - 0.5).abs().max().item() - 1e-9)) / 10
-    image = axes.imshow(table, cmap="PuOr", vmin=0.5 - reach, vmax=0.5 + reach)
+    # White at ½; in tenths, as much on either side as all but a few win rates need.
+    reach = np.ceil(10 * np.quantile((table - 0.5).abs(), 0.98) - 1e-9) / 10
+    limits = dict(vmin=0.5 - max(0.1, reach), vmax=0.5 + max(0.1, reach))
+    image = axes.imshow(table, cmap="PuOr", **limits)
 
     # The average, which is last, always has a label, in place of the one before if need be.
     last = len(names) - 1
@@ -440,7 +442,7 @@ def draw_matrix(names: list[str], table: Tensor):
     axes.set_xticks(places, labels, rotation=90)
     axes.set_yticks(places, labels)
     axes.set(xlabel="opponent", ylabel="policy", title="Win rate of the row's policy")
-    figure.colorbar(image, label="win rate (½: a tie)")
+    figure.colorbar(image, label="win rate (½: a tie)", extend="both")
     return figure
 
 
@@ -552,6 +554,9 @@ def report(args: Namespace) -> None:
 class Sampling(SamplingConfig):
     """Flags of every command that samples."""
 
+    template: str | None = setting(
+        None, "of prompts; unset: what the run was trained with, else chat", choices=TEMPLATES
+    )
     dtype: str | None = setting(
         None, "of the policy's weights; unset: as in its checkpoint", choices=tuple(DTYPES)
     )
@@ -707,6 +712,20 @@ def check(args: Namespace) -> None:
         if out.is_dir() or out.suffix == ".png":
             raise ValueError(f"--out {args.out}: expected the name of a JSON file")
     check_device(getattr(args, "device", "cpu"))
+    if "template" in args:
+        settle_template(args)
+
+
+def settle_template(args: Namespace) -> None:
+    """A run is asked as it was trained. ValueError where --template or another run contradicts."""
+    for name in ("policy", "against", "run_folder"):
+        source = getattr(args, name, None)
+        trained = template_of(source) if source else None
+        if trained and args.template not in (None, trained):
+            differs = f"{source} was trained with --template {trained}"
+            raise ValueError(f"{differs}, and is not asked with {args.template}")
+        args.template = trained or args.template
+    args.template = args.template or "chat"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ a pair around changes no number.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import groupby
 from functools import partial
 
 import torch
@@ -384,16 +385,20 @@ def length_parts(rows: list[dict]) -> list[tuple[float, float]]:
 
     Pairs of one difference stay together, so that no two parts stand at the same place.
     """
-    parts = [[] for _ in range(PARTS)]
-    part = 0
-    for i, row in enumerate(rows):
-        # A part begins where it should, or at the next pair that differs from the one before.
-        if i == 0 or row["difference"] != rows[i - 1]["difference"]:
-            part = i * PARTS // len(rows)
-        parts[part].append(row)
+    # By difference, smallest first: the rows are sorted.
+    ties = [list(group) for _, group in groupby(rows, key=lambda row: row["difference"])]
+    parts = []
+    share = 0.0
+    left = len(rows)
+    for tie in ties:
+        # A new part once the last one has its share of what was left when it began.
+        if not parts or (len(parts) < PARTS and len(parts[-1]) >= share):
+            share = left / (PARTS - len(parts))
+            parts.append([])
+        parts[-1] += tie
+        left -= len(tie)
 
     return [
         tuple(sum(row[key] for row in part) / len(part) for key in ("difference", "preference"))
         for part in parts
-        if part
     ]

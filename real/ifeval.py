@@ -13,12 +13,13 @@ import sys
 from data import read_prompts
 from engine.command import add_flags, check_settings, exit_code
 from engine.files import read_lines, write_lines
-from evaluate.__main__ import Sampling, generator_of, responses_of, unfinished
+from evaluate.__main__ import Sampling, generator_of, responses_of, settle_template, unfinished
 
 
 def answer(args: argparse.Namespace) -> None:
     """Write the prompt file's lines with a response each."""
     check_settings(args, Sampling)
+    settle_template(args)
     rows = [row for _, row in read_lines(args.prompts)]
     prompts = read_prompts(args.prompts)
     with unfinished(args):

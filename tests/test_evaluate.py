@@ -153,6 +153,24 @@ def test_best_of_n_is_what_the_judge_likes_best(world, prompts, tmp_path):
     assert result["interval_95"][0] <= result["win_rate"] <= result["interval_95"][1]
 
 
+@pytest.mark.parametrize("policy", [".", "round-02/policy"])
+def test_a_run_is_asked_with_the_template_that_it_was_trained_with(policy, played, prompts, tmp_path, capsys):
+    """It says so in its config.json; no flag is needed, and one that contradicts is refused."""
+    given = ["outputs", "--policy", played / policy, *prompts, "--max-new-tokens", 4, "--name", "x", "--out"]
+    assert call(*given, tmp_path / "unset.json") == 0
+    assert call(*given, tmp_path / "plain.json", "--template", "plain") == 0
+    assert read(tmp_path / "unset.json") == read(tmp_path / "plain.json")
+    assert call(*given, tmp_path / "chat.json", "--template", "chat") == 2
+    assert "was trained with --template plain, and is not asked with chat" in capsys.readouterr().err
+    assert not (tmp_path / "chat.json").exists()
+
+
+def test_without_a_run_the_template_is_the_checkpoints_own(world, prompts, tmp_path, capsys):
+    """This one has none, and that is said."""
+    assert call("outputs", "--policy", world / "policy", *prompts, "--out", tmp_path / "a.json") == 2
+    assert "chat_template" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------ win rate
 
 
