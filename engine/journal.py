@@ -1,8 +1,8 @@
 """What an unfinished stage has got so far, so that a kill loses only what was open.
 
-A file of JSON lines, {"key", "value", "sum"}, one for each piece of work as it is finished. What
-a kill has left of the last line is dropped, and so is everything from a line on whose sum is
-wrong: it is computed again.
+A file of lines, each a checksum and [key, value] as JSON, one for each piece of work as it is
+finished. What a kill has left of the last line is dropped, and so is everything from a line on
+whose sum is wrong: it is computed again.
 """
 
 import json
@@ -36,14 +36,11 @@ class Journal:
         whole = 0  # bytes
         with open(self.path, "rb") as file:
             for line in file:
-                try:
-                    row = json.loads(line)
-                    right = row["sum"] == checksum(row["key"], row["value"])
-                except (ValueError, LookupError, TypeError, RecursionError):
-                    right = False
-                if not (right and line.endswith(b"\n")):
+                sum_, _, text = line.rstrip(b"\n").partition(b" ")
+                if not line.endswith(b"\n") or sum_ != checksum(text):
                     break
-                self.known[row["key"]] = row["value"]
+                key, value = json.loads(text)
+                self.known[key] = value
                 whole += len(line)
         os.truncate(self.path, whole)
 
@@ -55,12 +52,12 @@ class Journal:
         """Keep a value. A disk that is full is said once: the work itself goes on."""
         if self.path is None or self.full:
             return
-        row = {"key": key, "value": value, "sum": checksum(key, value)}
+        text = json.dumps([key, value]).encode()
         try:
             if self.file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = open(self.path, "ab", buffering=0)
-            self.file.write(json.dumps(row).encode() + b"\n")
+            self.file.write(checksum(text) + b" " + text + b"\n")
         except OSError as error:
             self.close()
             said = f"the work goes on, but what is done could not be kept: {visible(str(error))}"
@@ -87,8 +84,8 @@ class Journal:
             remove(self.path)
 
 
-def checksum(key: str, value) -> int:
-    return zlib.crc32(json.dumps([key, value]).encode())
+def checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
 
 
 NOTHING = Journal()  # for work that is not kept

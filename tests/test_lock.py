@@ -1,5 +1,6 @@
 """Claims about who may write where: locks, temporary names, outputs that are no inputs."""
 
+import math
 import multiprocessing
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from engine import files
 from engine.command import exit_code
 from engine.files import atomic_write, remove_leftovers, temporary_name, write_text
 from engine.lock import HELD, hold, lock_file, owned, release
@@ -160,6 +162,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
 
 def test_files_and_the_names_in_their_folder_are_flushed_before_and_after_the_rename(tmp_path, monkeypatch):
     done = []
+    monkeypatch.setattr(files, "last_flush", -math.inf)
     flushed, replaced = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.readlink(f"/proc/self/fd/{number}")), flushed(number)))
     monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), replaced(*names)))
@@ -167,3 +170,15 @@ def test_files_and_the_names_in_their_folder_are_flushed_before_and_after_the_re
         temporary.mkdir()
         (temporary / "weights").write_text("w")
     assert done == [str(temporary / "weights"), str(temporary), "rename", str(tmp_path)]
+
+
+def test_small_files_are_flushed_every_few_seconds_and_large_ones_always(tmp_path, monkeypatch):
+    clock, done = [100.0], []
+    monkeypatch.setattr(files, "last_flush", -math.inf)
+    monkeypatch.setattr(files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")))
+    for name, size, second in (("a", 10, 100), ("b", 10, 104), ("c", files.SMALL + 1, 104.5), ("d", 10, 109), ("e", 10, 110)):
+        clock[0] = second
+        with atomic_write(tmp_path / name) as temporary:
+            temporary.write_bytes(bytes(size))
+    assert [path.split(".")[-2] for path in done if path.endswith(".tmp")] == ["a", "c", "e"]
