@@ -199,11 +199,12 @@ class Work:
     def judge(self, N: int, responses: int | None = None) -> dict:
         """K(K - 1) rows with two responses each for PairRM, K with one for a PreferenceModel."""
         K = responses or self.config.samples + self.opponents
+        m = self.config.compare
         costs = []
         for judge, ratio in zip(self.judges, self.prompts["judge_tokens"]):
             T = self.judged(judge, self.prompts["mean"] * ratio, self.response * ratio)
             pairs = isinstance(judge, PairRM)
-            rows = N * (K * (K - 1) if pairs else K)
+            rows = N * K * (m or (K - 1 if pairs else 1))  # each pair by itself, if some are asked
             flops = pairrm_flops(judge, T) if pairs else causal_flops(judge, T)
             costs.append(self.computed("judge", rows * T, rows * flops, self.judge_width(judge)))
         return add(*costs)

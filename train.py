@@ -44,6 +44,7 @@ from engine.run_folder import (
 )
 from generate import SamplingConfig, draw_seeds, generate
 from judges.base import judge_in_batches
+from judges.budget import compare, draw_pairs
 from judges.load import judge_fingerprint, load_judge, probe
 from model import ModelConfig, Transformer
 from sppo import (
@@ -71,6 +72,7 @@ class TrainConfig(RoundConfig, SamplingConfig):
     out: str = setting("", "run folder, new or to be continued (required)")
     rounds: int = setting(3, "number of rounds T", low=1)
     samples: int = setting(5, "K responses per prompt", low=2)
+    compare: int = setting(0, "opponents that each response meets, at random; 0: all", low=0)
     opponents: str = setting("", "file of outside responses, only compared with")
     reuse_prompts: bool = setting(False, "all prompts in every round, not split over them")
     reference: str = setting("", "folder of μ (target regularized); unset: --policy")
@@ -166,6 +168,8 @@ def check(config: TrainConfig) -> None:
     if config.schedule_epochs is not None and config.schedule_epochs < epochs:
         found = f"--schedule-epochs is {config.schedule_epochs}"
         raise ValueError(f"{found}, expected at least --epochs {epochs}")
+    if config.compare:
+        check_compare(config)
     if config.loss in PAIR_LOSSES and (config.select, config.target) != ("best-worst", "sppo"):
         needs = "it goes with --select best-worst and no --target"
         raise ValueError(f"--loss {config.loss} compares winner and loser: {needs}")
@@ -174,6 +178,17 @@ def check(config: TrainConfig) -> None:
     if config.reference and not Path(config.reference).is_dir():
         raise FileNotFoundError(f"--reference {config.reference}: no such folder")
     check_device(config.device)
+
+
+def check_compare(config: TrainConfig) -> None:
+    """Reject a --compare that cannot be, or that does not go with other settings."""
+    K = config.samples
+    m = config.compare
+    if m >= K or (m % 2 and m < K - 1):
+        raise ValueError(f"--compare is {m}, expected an even number below --samples {K}")
+    # What is filled in serves the mean over all K, and not that over the K of π_{t-1}.
+    if config.opponents or config.target == "optimistic":
+        raise ValueError("--compare goes with neither --opponents nor --target optimistic")
 
 
 # ------------------------------------------------------------------------ the game
@@ -227,10 +242,21 @@ class TextGame(Game):
         shown = [self.texts(*pair) for pair in zip(prompts, responses)]
         shown = [row + self.opponents.get(text, []) for text, row in zip(asked, shown)]
 
-        tables = judge_in_batches(
-            self.judge_model, asked, shown, self.config.judge, self.progress, journal=self.journal
-        )
+        how = dict(progress=self.progress, journal=self.journal)
+        if self.config.compare:
+            return self.compare(asked, shown, how)
+        tables = judge_in_batches(self.judge_model, asked, shown, self.config.judge, **how)
         return torch.cat(distributed.all_gather(list(tables)))
+
+    def compare(self, asked, shown, how):
+        """Tables (N, K, K) of which the judge has seen some pairs only."""
+        config = self.config
+        generator = self.generator(stage=3)
+        count = distributed.all_gather(asked)  # the pairs of all, so that a share is as one's own
+        pairs = [draw_pairs(config.samples, config.compare, generator) for _ in count]
+        pairs = distributed.my_share(pairs)
+        tables = compare(self.judge_model, asked, shown, config.judge, pairs, **how)
+        return torch.stack(distributed.all_gather(list(tables)))
 
     def texts(self, prompt: Prompt, responses: list) -> list[str]:
         read = self.tokenizer.response_text

@@ -214,11 +214,11 @@ def described(error: BaseException) -> str:
 
 def judge_in_batches(
     judge, prompts: list[str], responses: list[list[str]], name: str, progress=None,
-    size: int = BATCH, journal: Journal = NOTHING,
+    size: int = BATCH, journal: Journal = NOTHING, weight: float = 1,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the judge's tables (n, K, K), of `size` prompts or fewer; see `checked_tables`.
 
-    `journal` keeps them, and has those of a stopped run.
+    `journal` keeps them, and has those of a stopped run; `weight` is what a table moves the bar.
     """
     # The title of the bar is the stage of the run, which an error should name.
     stage = getattr(progress, "desc", None)
@@ -235,7 +235,7 @@ def judge_in_batches(
         tables = torch.tensor(kept)
         yield tables
         if progress is not None:
-            progress.update(len(tables))
+            progress.update(len(tables) * weight)
 
 
 def checked_tables(judge, prompts: list[str], responses: list[list[str]], name: str) -> Tensor:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from engine.files import append_line
 from judges.base import Judge, JudgeError, asked
+from judges.budget import circle, fill
 from judges.server import RUBRIC, Server, digest, messages
 
 TRIES = 2  # of a question that is answered with neither letter, before it counts as a tie
@@ -219,30 +219,3 @@ class LLM(Judge):
             text = "{calls} calls, {repeated} of them repeated, {cached} answers from the cache, "
             text += "{tokens_in} + {tokens_out} tokens, {ties} ties for want of an answer"
             print(f"llm judge {self.model}:", text.format_map(n), file=sys.stderr)
-
-
-# ------------------------------------------------------------------------ some of the pairs
-
-
-def circle(U: int, most: int | None = None) -> list[tuple[int, int]]:
-    """The first `most` pairs (i < j) of U places on a circle: neighbours, then next but one, ..."""
-    pairs = {}  # a dictionary keeps their order
-    for step in range(1, U // 2 + 1):
-        for i in range(U):
-            j = (i + step) % U
-            pairs[min(i, j), max(i, j)] = None
-    return list(pairs)[:most]
-
-
-def fill(margin: Tensor, known: Tensor) -> Tensor:
-    """(U, U) P - ½ of all pairs from that of the `known` ones: the others become s_i - s_j.
-
-    s are the least-squares scores of the known pairs: in each row Σ (s_i - s_j) over them is the
-    sum of their margins. So a row's mean is s_i, and on a circle in random order that is an
-    unbiased estimate of the mean of its whole row (a test enumerates the orders), as long as no
-    s_i - s_j is cut to ±½.
-    """
-    links = known.double()
-    laplacian = links.sum(1).diag() - links
-    score = torch.linalg.pinv(laplacian, hermitian=True) @ margin.sum(1)
-    return torch.where(known, margin, (score[:, None] - score).clamp(-0.5, 0.5))

@@ -28,7 +28,8 @@ from data import read_pairs
 from evaluate.judge_report import report
 from judges import base, llm
 from judges.base import Ensemble, JudgeError
-from judges.llm import LLM, circle, fill
+from judges.budget import circle, fill
+from judges.llm import LLM
 from judges.load import load_judge, probe
 from judges.server import from_logprobs, letter_in
 from sppo import win_rates
