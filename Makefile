@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := out/demo
 
-.PHONY: demo toys test bench map real clean
+.PHONY: demo toys test attack bench numbers map real clean
 
 demo: .venv/ready $(DEMO)/world/world.json  ## small world -> SPPO with a learned judge -> exact evaluation, figure
 	$(BIN)/python train.py --preset tiny --policy $(DEMO)/world/policy --judge $(DEMO)/world/judge \
@@ -24,6 +24,12 @@ test: .venv/ready-dev  ## lint and format, then every test
 
 bench: .venv/ready-dev  ## ours beside transformers and TRL: 20 minutes on two cores that do nothing else
 	$(BIN)/python benchmarks/side_by_side.py
+
+attack: .venv/ready-dev  ## about 1,950 broken inputs, kills, full disks, pairs of processes; a table
+	$(BIN)/python -m tests.attack --seed 0 --out out/attack.json
+
+numbers: .venv/ready-dev  ## every published number again, hours; docs/numbers.md
+	$(BIN)/python tests/refresh_numbers.py
 
 map:  ## put the line numbers of the code that the pages quote right
 	$(PYTHON) tests/refresh_map.py

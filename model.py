@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.checkpoint import DTYPES, SHARD_BYTES, load_pretrained, save_checkpoint
 from engine.files import atomic_write, read_json
-from engine.schema import check, check_kinds, check_sizes
+from engine.schema import check, check_kinds, check_sizes, is_positive
 
 # What a config.json means by leaving out a key: transformers' own defaults, of all and of each.
 DEFAULTS = dict(
@@ -88,7 +88,7 @@ class ModelConfig:
             values["sliding_window"] = None
 
         dtype = values["dtype"]
-        check(path, "dtype", dtype, dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        check(path, "dtype", dtype, dtype in tuple(DTYPES), f"one of {', '.join(DTYPES)}")
 
         check_kinds(path, values)
 
@@ -119,7 +119,7 @@ class ModelConfig:
 def check_architecture(path, raw: dict) -> dict:
     """rope_theta, if it is nested, and rope_scaling. ValueError names what cannot be computed."""
     kind = raw.get("model_type")
-    check(path, "model_type", kind, kind in FAMILIES, " or ".join(FAMILIES))
+    check(path, "model_type", kind, kind in tuple(FAMILIES), " or ".join(FAMILIES))
     quantized = raw.get("quantization_config")
     check(path, "quantization_config", quantized, not quantized, "none: convert the weights")
     activation = raw.get("hidden_act", "silu")
@@ -141,7 +141,7 @@ def check_architecture(path, raw: dict) -> dict:
             found["rope_scaling"] = {"rope_type": kind} | {name: rope.get(name) for name in LLAMA3}
     for name in LLAMA3 if found["rope_scaling"] else ():
         value = found["rope_scaling"][name]
-        check(path, name, value, type(value) in (int, float) and value > 0, "a positive number")
+        check(path, name, value, is_positive(value), "a positive number")
     return found
 
 

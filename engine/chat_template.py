@@ -26,6 +26,12 @@ TEXT = "\ufdd0{}\ufdd1"
 PLACE = "\ufdd2{}\ufdd3"
 RESERVED = re.compile("[\ufdd0-\ufdd3]")
 
+# What the code of a template may raise beside jinja2's own, when it is compiled or run.
+FAILURES = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, SyntaxError, NameError,
+    RecursionError, MemoryError,
+)  # fmt: skip
+
 
 class ChatTemplate:
     """The template of a checkpoint folder, with its tokenizer and its tokenizer_config.json."""
@@ -34,12 +40,14 @@ class ChatTemplate:
         self.path, source = read_template(folder)
         try:
             self.template = environment().from_string(source)
-        except TemplateError as error:
-            raise ValueError(f"{self.path}: the chat template is not valid: {error}") from None
+        except (TemplateError, *FAILURES) as error:
+            raise ValueError(
+                f"{self.path}: the chat template is not valid: {said(error)}"
+            ) from None
 
         # Templates may name special tokens: {"bos_token": "<s>", ...}, a string or an object each.
         named = {key: value for key, value in config.items() if key.endswith("_token") and value}
-        texts = {key: v["content"] if isinstance(v, dict) else v for key, v in named.items()}
+        texts = {key: v.get("content") if isinstance(v, dict) else v for key, v in named.items()}
         self.special_tokens = {key: text for key, text in texts.items() if isinstance(text, str)}
 
         # Longer ones first: of two that begin alike the longer one is meant.
@@ -73,6 +81,8 @@ class ChatTemplate:
         for content, number in self.number.items():
             text = text.replace(TEXT.format(number), content)
         ids = self.backend.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise ValueError(f"{self.path}: the chat template makes nothing of the conversation")
         return [self.meant.get(number, number) for number in ids]
 
     def hidden(self, message: dict) -> dict:
@@ -87,10 +97,17 @@ class ChatTemplate:
     def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         given = dict(messages=messages, add_generation_prompt=add_generation_prompt)
         try:
-            return self.template.render(**given, tools=None, documents=None, **self.special_tokens)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            refused = f"the chat template refuses the conversation: {error}"
+            made = self.template.render(**given, tools=None, documents=None, **self.special_tokens)
+            made.encode()  # no half of a surrogate pair, which no tokenizer takes
+            return made
+        except (TemplateError, *FAILURES) as error:
+            refused = f"the chat template refuses the conversation: {said(error)}"
             raise ValueError(f"{self.path}: {refused}") from None
+
+
+def said(error: Exception) -> str:
+    """Its text; some, such as MemoryError, have only a name."""
+    return str(error) or type(error).__name__
 
 
 def read_template(folder: str | Path) -> tuple[Path, str]:
@@ -100,7 +117,10 @@ def read_template(folder: str | Path) -> tuple[Path, str]:
     """
     path = Path(folder) / "chat_template.jinja"
     if path.is_file():
-        return path, path.read_text(encoding="utf-8")
+        try:
+            return path, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: the chat template is not UTF-8: {error}") from None
 
     path = Path(folder) / "tokenizer_config.json"
     source = read_json(path).get("chat_template")

@@ -73,7 +73,9 @@ def weight_files(folder: str | Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        names = files.values() if isinstance(files, dict) else [None]
+        # A path would lead out of the folder.
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise ValueError(f"{index}: expected a weight_map from tensor names to file names")
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():

@@ -74,7 +74,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 def fingerprint(path: str | Path | None) -> str | None:
     """A hash of what is in a file, or in the checkpoint of a folder: 16 digits. None without path.
 
-    The same content has the same one, wherever it lies.
+    The same content has the same one, wherever it lies. FileNotFoundError if nothing lies there.
     """
     if not path:
         return None
@@ -82,8 +82,11 @@ def fingerprint(path: str | Path | None) -> str | None:
     total = hashlib.sha256()
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in CHECKPOINT)
+        named = [file for file in path.iterdir() if file.suffix in CHECKPOINT]
+        files = sorted(file for file in named if file.is_file())  # to read a device has no end
         total.update(json.dumps([file.name for file in files]).encode())
+    elif not path.is_file():
+        raise FileNotFoundError(f"{path}: neither a file nor a folder")
 
     for file in files:
         with open(file, "rb") as opened:
@@ -189,6 +192,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path).absolute()
     if path.is_dir():
         require_empty(path)
+    elif path.exists() and not path.is_file():
+        raise OSError(f"{path}: could not be written: it is a device")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)

@@ -4,12 +4,13 @@ A lock is a file beside what it protects, `.run.lock` beside `run`, held with fl
 go of it when its process ends, however that ends, so no lock is ever stale.
 """
 
+import atexit
 import fcntl
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine.files import remove_leftovers
@@ -54,9 +55,11 @@ def take(path: Path):
         file.close()
         return take(path)
 
-    file.truncate(0)
-    json.dump({"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
-    file.flush()
+    # For the sentence that another process gets; a full disk is no reason to stop.
+    said = json.dumps({"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+    with suppress(OSError):
+        file.truncate(0)
+        os.write(file.fileno(), said.encode())
     return file
 
 
@@ -64,7 +67,7 @@ def owner(file) -> str:
     with file:
         file.seek(0)
         found = file.read()
-    if not found:  # it has just taken it
+    if not found.endswith("}"):  # it has just taken it, or the disk is full
         return "another process writes there"
     return "process {pid} writes there, since {since}".format_map(json.loads(found))
 
@@ -75,8 +78,16 @@ def lock_file(path: Path) -> Path:
 
 def release(path: str | Path) -> None:
     path = Path(path).resolve()
-    lock_file(path).unlink(missing_ok=True)  # before another process may take it
+    with suppress(OSError):  # a disk that can be read only, by now
+        lock_file(path).unlink(missing_ok=True)  # before another process may take it
     HELD.pop(path).close()
+
+
+@atexit.register
+def release_all() -> None:
+    """What was held to the end of the process, such as a file of votes."""
+    for path in list(HELD):
+        release(path)
 
 
 @contextmanager
@@ -86,8 +97,9 @@ def owned(path: str | Path, *inputs: str | Path | None) -> Iterator[None]:
     `inputs` are what the command reads; None and words that are no file are skipped. ValueError if
     `path` is one of them.
     """
-    for source in filter(None, inputs):
-        if os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):
+    target = Path(path)  # without a slash at the end, with which a file would not seem to exist
+    for source in map(Path, filter(None, inputs)):
+        if os.path.exists(source) and os.path.exists(target) and source.samefile(target):
             raise ValueError(f"{path}: this command reads it, and would write over it")
 
     taken = hold(path)

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
-from tqdm import tqdm
 
 from engine.checkpoint import DTYPES, load_weights, uninitialized
 from engine.command import flag
@@ -53,6 +52,7 @@ from engine.files import (
 from engine.journal import NOTHING, Journal
 from engine.memory import out_of_memory, peak_memory
 from engine.optim import load_optimizer_tensors, optimizer_tensors
+from engine.progress import tqdm
 from engine.stop import Stop
 from engine.terminal import visible
 
@@ -146,8 +146,19 @@ class Metrics:
     def finish_round(self, number: int, steps: list[dict], summary: dict) -> None:
         self.lines += [{"round": number} | step for step in steps]
         self.lines.append(summary)
-        if is_main():
+        # A finished round that is read again changes nothing: later rounds have their lines there.
+        if is_main() and not self.has(self.lines):
             write_lines(self.path, self.lines)
+
+    def has(self, lines: list[dict]) -> bool:
+        """Whether the file begins with these lines."""
+        if not self.path.exists():
+            return False
+        return [row for _, row in zip(lines, self.rows())] == lines
+
+    def rows(self) -> Iterator[dict]:
+        with suppress(ValueError):  # a kill may have torn the last line
+            yield from (row for _, row in read_lines(self.path))
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What the values in a model's config.json may be."""
 
 import json
-import math
 
 LARGEST = 10**8  # no size of a model is larger
 
@@ -16,6 +15,11 @@ def is_size(value) -> bool:
     return type(value) is int and 1 <= value <= LARGEST
 
 
+def is_positive(value) -> bool:
+    """A number above 0 that float32 has; infinity and an integer of 400 digits are none."""
+    return type(value) in (int, float) and 0 < value < 1e38
+
+
 def check_sizes(path, values: dict, *keys: str) -> None:
     for key in keys:
         size = values.get(key)
@@ -25,9 +29,7 @@ def check_sizes(path, values: dict, *keys: str) -> None:
 def check_kinds(path, values: dict) -> None:
     """ValueError names a value of the wrong kind that is no size."""
     for key in ("rope_theta", "rms_norm_eps"):
-        value = values[key]
-        fits = type(value) in (int, float) and 0 < value < math.inf
-        check(path, key, value, fits, "a positive number")
+        check(path, key, values[key], is_positive(values[key]), "a positive number")
 
     tied = values["tie_word_embeddings"]
     check(path, "tie_word_embeddings", tied, type(tied) is bool, "true or false")

@@ -24,7 +24,9 @@ def escaped(text: str, kept: str = "") -> str:
 
 
 class Stream:
-    """stdout or stderr; when nobody reads it any more (`train.py ... | head`) it falls silent."""
+    """stdout or stderr; where nobody reads it (`train.py ... | head`), or its disk is full,
+    it falls silent.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -36,14 +38,14 @@ class Stream:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except BrokenPipeError:
+        except OSError:
             self.silence()
             return len(text)
 
     def flush(self) -> None:
         try:
             self.stream.flush()
-        except BrokenPipeError:
+        except OSError:
             self.silence()
 
     def silence(self) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.journal import NOTHING, Journal
 from engine.memory import out_of_memory
+from engine.progress import tqdm
 from engine.terminal import printable
 from sppo import win_rates
 
@@ -266,7 +266,10 @@ def checked(tables, prompts: list[str], K: int, name: str) -> Tensor:
 
     # A judge may be anybody's code: what it returned may not even be numbers.
     try:
-        tables = torch.as_tensor(tables, dtype=torch.float32).detach().cpu()
+        tables = torch.as_tensor(tables)
+        if tables.is_complex():  # of which torch would take the real part
+            raise TypeError
+        tables = tables.detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError):
         found = type(tables).__name__
         raise JudgeError(f"judge {name}: expected a tensor of preferences, found {found}") from None

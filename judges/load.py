@@ -100,7 +100,7 @@ def split_spec(spec: str) -> tuple[str | None, str, dict]:
     # Whatever is no JSON object gets one message.
     try:
         arguments = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         expected = "expected keyword arguments as a JSON object after the colon"
@@ -159,7 +159,7 @@ def build(kind: type, arguments: dict, spec: str):
     try:
         return kind(**arguments)
     except TypeError as error:
-        raise ValueError(f"judge {spec}: {error}") from None
+        raise ValueError(f"judge {spec}: {printable(str(error))}") from None
     except (ValueError, OSError):  # sentences already
         raise
     except (Exception, SystemExit) as error:

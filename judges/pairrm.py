@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import Tokenizer, pad
 from engine.checkpoint import DTYPES, load_pretrained
 from engine.files import read_json
+from engine.progress import tqdm
+from engine.schema import check, check_sizes, is_positive
 from judges.base import Judge
 
 # What a config.json must say for the architecture to be the one below.
@@ -32,6 +33,12 @@ FIXED = {
     "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm",
     "type_vocab_size": 0, "n_tasks": 1,
 }  # fmt: skip
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "position_buckets", "max_position_embeddings",
+)  # fmt: skip
+MARKERS = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")
 
 # Tokens in a forward pass. A CPU is faster where more of it stays in its cache.
 GPU_TOKENS = 8192
@@ -68,20 +75,27 @@ class PairRMConfig:
 
         kinds = raw.get("pos_att_type", [])
         kinds = kinds.split("|") if isinstance(kinds, str) else kinds
-        if set(kinds) != {"c2p", "p2c"} or raw.get("conv_kernel_size"):
+        if kinds not in (["c2p", "p2c"], ["p2c", "c2p"]) or raw.get("conv_kernel_size"):
             expected = "pos_att_type c2p and p2c, and no conv_kernel_size"
             raise ValueError(f"{path}: expected {expected}, {like}")
 
         raw["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        if raw["dtype"] not in DTYPES:
+        if raw["dtype"] not in tuple(DTYPES):
             expected = f"one of {', '.join(DTYPES)}"
             raise ValueError(f"{path}: dtype is {raw['dtype']!r}, expected {expected}")
 
         raw["tie_word_embeddings"] = False  # there is no output embedding to tie
         names = [field.name for field in dataclasses.fields(cls)]
-        for name in names:
-            if not isinstance(raw.get(name), (int, float, str)):
-                raise ValueError(f"{path}: {name} is {raw.get(name)!r}, expected a value")
+        check_sizes(path, raw, *SIZES)
+        for name in MARKERS:
+            marker = raw.get(name)
+            if type(marker) is not int or marker < 0:
+                raise ValueError(f"{path}: {name} is {marker!r}, expected the id of a token")
+        eps = raw.get("layer_norm_eps")
+        check(path, "layer_norm_eps", eps, is_positive(eps), "a positive number")
+        heads = raw["num_attention_heads"]
+        divides = raw["hidden_size"] % heads == 0
+        check(path, "num_attention_heads", heads, divides, "a divisor of hidden_size")
         return cls(**{name: raw[name] for name in names})
 
 
@@ -319,4 +333,7 @@ class PairRM(nn.Module, Judge):
         judge = load_pretrained(cls, config, folder, dtype, device)
         judge.tokenizer = Tokenizer(folder)
         judge.tokenizer.check_vocabulary(config.vocab_size)
+        last = max(getattr(config, name) for name in MARKERS)
+        if last >= config.vocab_size:
+            raise ValueError(f"{folder}: token {last} is beyond vocab_size {config.vocab_size}")
         return judge

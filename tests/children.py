@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from dataclasses import asdict
 from multiprocessing import forkserver
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch._dynamo  # the first optimizer imports it, a second and a half: once here, not in every child
 import torch.distributed.fsdp
 from conftest import ROOT
+from tqdm import tqdm
 
 import train
 from engine import checkpoint
@@ -46,6 +48,7 @@ def in_child(arguments, told, moment, limit, environment):
     os.dup2(told.fileno(), 1)
     os.dup2(told.fileno(), 2)
     os.environ |= environment
+    tqdm.set_lock(threading.RLock())  # the forked one is everybody's, and a killed child may have held it
     torch.set_num_threads(1)
     train.draw_curves = lambda lines, path: None
     if moment:

@@ -101,7 +101,7 @@ def test_it_is_the_same_folder_by_any_name(tmp_path, monkeypatch):
             assert not hold(name)
 
 
-@pytest.mark.parametrize("name", ["a.json", "./a.json", "link.json"])
+@pytest.mark.parametrize("name", ["a.json", "./a.json", "a.json/", "link.json"])
 def test_an_output_that_is_an_input_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_text("a.json", "[]")
