@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import TEMPLATES, Tokenizer, pad, read_pairs
 from engine.checkpoint import DTYPES, check_device, load_pretrained, load_weights, save_checkpoint
-from engine.command import add_flags, check_settings, exit_code
+from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.figures import BLUE, GREY, ORANGE, SKY, new_figure, write_figure
 from engine.files import (
     atomic_write,
@@ -33,6 +32,7 @@ from engine.files import (
     unfinished_folder,
     write_lines,
 )
+from engine.progress import tqdm
 from engine.run_folder import Saver, claim
 from model import Decoder, ModelConfig, initialize
 from sppo import optimizer_step, setting
@@ -407,7 +407,7 @@ def learning_curves(steps: list[dict]):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", help="train a PreferenceModel from pairs")
     command.add_argument("--pairs", required=True, help="JSON lines of prompt, chosen, rejected")

@@ -27,7 +27,7 @@ from data import Prompt, Tokenizer, outputs_for, pad_responses, prepare_prompts,
 from engine import distributed
 from engine.advice import advice, written
 from engine.checkpoint import DTYPES, check_device, load_weights
-from engine.command import add_flags, check_settings, exit_code
+from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.figures import draw_curves
 from engine.files import fingerprint
 from engine.journal import NOTHING
@@ -42,6 +42,7 @@ from engine.run_folder import (
     read_responses,
     round_folder,
 )
+from engine.trace import TracedGame
 from generate import SamplingConfig, draw_seeds, generate
 from judges.base import judge_in_batches
 from judges.budget import compare, draw_pairs
@@ -54,6 +55,7 @@ from sppo import (
     centred,
     chunked_logps,
     micro_batches,
+    row_losses,
     sequence_logps,
     setting,
     sppo_round,
@@ -84,6 +86,7 @@ class TrainConfig(RoundConfig, SamplingConfig):
     save_minutes: float = setting(
         10.0, "minutes between saves of a fit; inf: never", low=0, free=True
     )
+    trace: bool = setting(False, "print each round's first prompt in full", free=True)
     dtype: str = setting("float32", "of the policy's weights", choices=tuple(DTYPES))
     judge_dtype: str | None = setting(None, "unset: that of its checkpoint", choices=tuple(DTYPES))
     judge_retries: int = setting(5, "repeats of a judge that fails for a time", low=0, free=True)
@@ -120,7 +123,8 @@ PRESETS = {
         dtype="bfloat16", judge_dtype="bfloat16", recompute=True, cache_gb=48,
     ),
     # Llama-3-8B-Instruct, the paper's second experiment. Its model card says 6 epochs, of which one
-    # was trained, and samples at temperature 0.9; generation_config.json has its two stop tokens.
+    # was trained; 0.9 and 4096 are those of its evaluation (AlpacaEval's configs). The two stop
+    # tokens are in generation_config.json.
     "llama-3-8b": dict(
         rounds=3, samples=5, select="best-worst", eta=1000.0,
         optimizer="rmsprop", lr=5e-7, warmup=0.1, epochs=1, schedule_epochs=6, batch=64,
@@ -132,9 +136,8 @@ PRESETS = {
 
 def command_line(description: str) -> argparse.ArgumentParser:
     """A parser with a flag for every setting of a run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # what was not given comes from the preset
     )
     parser.add_argument(
@@ -426,13 +429,17 @@ def run(config: TrainConfig) -> list[dict]:
         # A stage that a stopped run has finished is read by the recorded game, and not played
         # again.
         game = TextGame(config, policy, tokenizer, judge, number, opponents)
-        result = sppo_round(RecordedGame(game, metrics), part, config, game.generator(1))
+        recorded = RecordedGame(game, metrics)
+        recorded = TracedGame(recorded) if config.trace else recorded
+        result = sppo_round(recorded, part, config, game.generator(1))
         metrics.finish_round(number, result["steps"], summary(number, result, tokenizer.stop))
 
         if distributed.is_main():
             seconds = time.monotonic() - start
             cost = f"{seconds:.1f} s, {peak_memory(config.device):.2f} GB"
             print(describe(metrics.lines[-1], config), "(before)" if old else cost, flush=True)
+            if config.trace:
+                print(recorded.report(result, row_losses), end="\n\n", flush=True)
             said |= warn(metrics.lines[-1], result["steps"], said)
 
             # The rounds of a small world take less time than a figure.

@@ -9,7 +9,6 @@ train.py --preset mistral-7b. A row goes to --out as soon as it is measured, and
 A time is the median of three after a warm-up, or of fewer once they have taken 40 s. GB are 10^9 bytes, GiB are 2^30.
 """
 
-import argparse
 import gc
 import re
 import statistics
@@ -22,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,10 +28,11 @@ sys.path.insert(0, str(ROOT))
 import sppo  # noqa: E402
 from data import Prompt  # noqa: E402
 from engine.checkpoint import check_device, uninitialized  # noqa: E402
-from engine.command import exit_code  # noqa: E402
+from engine.command import Parser, exit_code  # noqa: E402
 from engine.costs import GPUS, multiplied, pairrm_flops, parameters  # noqa: E402
 from engine.files import read_json, remove, require_empty, write_json, write_text  # noqa: E402
 from engine.memory import out_of_memory  # noqa: E402
+from engine.progress import tqdm  # noqa: E402
 from generate import generate, position_bytes  # noqa: E402
 from judges.pairrm import PairRM, PairRMConfig  # noqa: E402
 from model import ModelConfig, Transformer, initialize  # noqa: E402
@@ -269,7 +268,7 @@ def run(args):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="sizes of policy and judge, and of what goes through them")
     parser.add_argument("--device", default="cuda", help="a torch device")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to measure")

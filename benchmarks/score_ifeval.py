@@ -9,7 +9,6 @@ prompts; the difference is to the first file, of the same prompts. NLTK's data o
 sentences and words are split by rule here, in every file alike.
 """
 
-import argparse
 import importlib.util
 import random
 import re
@@ -21,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from engine.command import exit_code
+from engine.command import Parser, exit_code
 from engine.files import read_lines, write_json
 
 RESAMPLES = 2000
@@ -104,7 +103,7 @@ def score(paths: list[str], out: str | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("answers", nargs="+", help="files that real.ifeval wrote, the base's first")
     parser.add_argument("--out", help="JSON to write")
     args = parser.parse_args()

@@ -53,13 +53,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from data import Prompt, Tokenizer  # noqa: E402
-from engine.command import exit_code  # noqa: E402
+from engine.command import Parser, exit_code  # noqa: E402
 from engine.costs import causal_flops, multiplied, on_meta, pairrm_flops, parameters  # noqa: E402
-from engine.figures import BLUE, GREEN, GREY, ORANGE, new_figure, slope, write_figure  # noqa: E402
+from engine.figures import BLUE, GREY, ORANGE, error_bars, new_figure, slope, write_figure  # noqa: E402
 from engine.files import write_json  # noqa: E402
+from engine.progress import tqdm  # noqa: E402
 from generate import generate  # noqa: E402
 from judges.pairrm import FIXED, PairRM, PairRMConfig  # noqa: E402
 from model import ModelConfig, Transformer, initialize  # noqa: E402
@@ -575,46 +575,102 @@ def print_table(result):
         print(f"check: {name}: {json.dumps(value)}")
 
 
+NAMES = {  # of the rows, here and in docs/side-by-side.md
+    ("import", "import"): "import, a fresh process",
+    ("first-token", "first-token"): "a fresh process up to its first token",
+    ("load", "load_file"): "load, against load_file of safetensors",
+    ("sample", "mixed"): "sample, responses of mixed lengths",
+    ("sample", "equal"): "sample, responses of equal lengths",
+    ("sample", "tiny"): "sample, mixed lengths, a tiny model",
+    ("judge", "pair-by-pair"): "judge, PairRM pair by pair, K = 5",
+    ("judge", "batched"): "judge, PairRM in batches of 32",
+    ("judge", "preference-model"): "judge, PreferenceModel against our PairRM",
+    ("fit", "default"): "fit, against DPOTrainer",
+    ("fit", "precomputed"): "fit, with precomputed reference",
+    ("fit", "same micro-batch"): "fit, and the same micro-batches",
+    ("fit", "memory"): "fit, peak memory above the weights",
+    ("fit", "memory, recomputing"): "fit, peak memory, recomputing",
+    ("round", "mixed"): "a round",
+}
+UNITS = {"s": "seconds", "ms/token": "ms a token", "ms/pair": "ms a pair", "GB": "GB"}
+
+
 def draw(result):
-    """Above: ratios with the marks required, and medians with their floors; below: scaling."""
-    figure = new_figure(13, 9)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.3, 1))
-    rows = [row for row in result["rows"] if row["stage"] != "size"][::-1]
-    ratio, times = top.subplots(1, 2, sharey=True)
-    places = range(len(rows))
-    ratio.barh(places, [row["ratio"] for row in rows], color=BLUE, height=0.6)
-    required = [(row["required"], y) for y, row in zip(places, rows) if row["required"]]
-    floors = [(row["floor"], y) for y, row in zip(places, rows) if row["floor"]]
-    for axis, marks, color, label in ((ratio, required, ORANGE, "required"), (times, floors, GREEN, "floor of this machine")):
-        axis.plot(*zip(*marks or [(math.nan, 0)]), "|", color=color, markersize=14, markeredgewidth=2, label=label)
-    ratio.axvline(1, color=GREY, linewidth=0.8)
-    ratio.set(xscale="log", xlabel="theirs / ours, medians (above 1: ours is better)")
-    ratio.set_yticks(places, [f"{row['stage']}: {row['case']}" for row in rows])
-    for side, color, shift in (("ours", BLUE, 0.12), ("theirs", ORANGE, -0.12)):
-        middle = torch.tensor([row[side] for row in rows])
-        reach = (torch.tensor([row[f"{side}_range"] for row in rows]).view(-1, 2).T - middle).abs()
-        times.errorbar(middle, [y + shift for y in places], xerr=reach, fmt="o", color=color, markersize=4, label=side)
-    times.set(xscale="log", xlabel="median and range, in ms per token (sample), ms per pair, GB (fit), s")
+    """Above: ratios beside what was measured, a pair of panels for each unit; below: how ours grow."""
+    figure = new_figure(13, 14)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2.6, 1))
+    groups = {unit: [row for row in result["rows"] if row["unit"] == unit][::-1] for unit in UNITS}
+    groups = {unit: rows for unit, rows in groups.items() if rows}
+
+    if groups:
+        # As much height as its rows need, and the same for the axis of each.
+        heights = [len(rows) + 1 for rows in groups.values()]
+        panels = top.subplots(len(groups), 2, squeeze=False, sharey="row", height_ratios=heights)
+        widest = max(row["ratio"] for rows in groups.values() for row in rows)
+        for (ratio, times), (unit, rows) in zip(panels, groups.items()):
+            draw_ratios(ratio, rows, 1.15 * widest)
+            draw_times(times, rows, UNITS[unit])
+        panels[0, 0].set_title("theirs / ours: ours is better above 1")
+        panels[0, 1].set_title("measured: medians, and their ranges")
+        panels[0, 0].legend(*labelled(panels[:, 0]), frameon=False, fontsize="small")
+        panels[0, 1].legend(*labelled(panels[:, 1]), frameon=False, fontsize="small")
+
     for axis, letter in zip(bottom.subplots(1, 4), ("K", "N", "T", "width")):
-        curves = [curve for curve in result["scaling"] if curve["against"] == letter]
-        for curve, color in zip(curves, (BLUE, ORANGE)):
-            points, seconds = curve["points"], curve["seconds"]
-            label = f"{curve['what']}\nexponent {curve['exponent']:.2f}, expected {curve['expected']:.2f} (dashes)"
-            axis.loglog(points, seconds, "o-", color=color, label=label)
-            axis.loglog(points, [seconds[-1] * (x / points[-1]) ** curve["expected"] for x in points], "--", color=color, lw=0.8)
-            axis.set(xlabel=curve["label"], ylabel="seconds", title=f"Time against {letter}")
-        ticks = sorted({point for curve in curves for point in curve["points"]})
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.minorticks_off()
-        axis.margins(y=0.4)
-    for axis in figure.axes:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize="x-small", loc="best" if axis in (ratio, times) else "upper left")
+        draw_scaling(axis, letter, [curve for curve in result["scaling"] if curve["against"] == letter])
     return figure
 
 
+def draw_ratios(axis, rows, widest):
+    places = range(len(rows))
+    axis.barh(places, [row["ratio"] for row in rows], color=BLUE, height=0.6)
+    for place, row in zip(places, rows):
+        axis.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center", fontsize="small")
+    required = [(row["required"], place) for place, row in zip(places, rows) if row["required"]]
+    if required:
+        axis.plot(*zip(*required), "|", color=ORANGE, markersize=16, markeredgewidth=3, label="required")
+    axis.axvline(1, color=GREY, linewidth=0.8)
+    axis.set(xlim=(0, widest), xlabel="theirs / ours")
+    axis.set_yticks(places, [NAMES.get((row["stage"], row["case"]), row["case"]) for row in rows])
+
+
+def draw_times(axis, rows, unit):
+    """Bars from 0, in one unit; the floor is what counted operations or bytes take at the machine's measured rate."""
+    widest = max(row[side] for row in rows for side in ("ours", "theirs"))
+    for side, color, shift in (("ours", BLUE, 0.2), ("theirs", ORANGE, -0.2)):
+        places = [place + shift for place in range(len(rows))]
+        middle = [row[side] for row in rows]
+        reach = error_bars(middle, [row[f"{side}_range"] for row in rows])
+        axis.barh(places, middle, xerr=reach, color=color, height=0.38, label=side, error_kw=dict(ecolor=GREY))
+        for place, row, far in zip(places, rows, reach[1]):
+            axis.text(row[side] + far, place, f" {row[side]:.3g}", va="center", fontsize="small")
+    floors = [(row["floor"], place) for place, row in enumerate(rows) if row["floor"]]
+    if floors:
+        axis.plot(*zip(*floors), "|", color="black", markersize=16, markeredgewidth=2, label="floor of this machine")
+    axis.set(xlim=(0, 1.2 * widest), xlabel=unit)
+
+
+def labelled(panels):
+    """Handles and labels of the first of each name."""
+    found = {label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels())}
+    return found.values(), found.keys()
+
+
+def draw_scaling(axis, letter, curves):
+    for curve, color in zip(curves, (BLUE, ORANGE)):
+        points, seconds = curve["points"], curve["seconds"]
+        label = f"{curve['what']}\nexponent {curve['exponent']:.2f}, expected {curve['expected']:.2f} (dashes)"
+        axis.loglog(points, seconds, "o-", color=color, label=label)
+        axis.loglog(points, [seconds[-1] * (x / points[-1]) ** curve["expected"] for x in points], "--", color=color, lw=0.8)
+        axis.set(xlabel=curve["label"], ylabel="seconds", title=f"Our time against {letter}")
+        axis.legend(frameon=False, fontsize="x-small", loc="upper left")
+    ticks = sorted({point for curve in curves for point in curve["points"]})
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+    axis.margins(y=0.4)
+
+
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     shared = ROOT.parent / "shared/data"
     parser.add_argument("--quick", action="store_true", help="smaller sizes and two repeats, 5 minutes")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="stages to run [all]")

@@ -12,9 +12,9 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
 
 from engine.files import remove
+from engine.progress import tqdm
 from engine.terminal import visible
 
 

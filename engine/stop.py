@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 
-from tqdm import tqdm
+from engine.progress import tqdm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -39,7 +39,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import (
     TEMPLATES,
@@ -53,7 +52,7 @@ from data import (
     read_prompts,
 )
 from engine.checkpoint import DTYPES, check_device, load_weights
-from engine.command import add_flags, check_settings, exit_code
+from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.figures import new_figure, write_figure
 from engine.files import (
     atomic_write,
@@ -65,6 +64,7 @@ from engine.files import (
     write_json,
 )
 from engine.journal import NOTHING, Journal
+from engine.progress import tqdm
 from engine.run_folder import Saver, claim, round_policies, template_of
 from evaluate import judge_report
 from evaluate.chat import chat
@@ -596,11 +596,7 @@ OURS = ("out", "run", "journal", "save_minutes")  # arguments that a stopped com
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add_outputs(commands)
     add_winrate(commands)

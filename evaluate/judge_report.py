@@ -15,10 +15,10 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.figures import BLUE, GREY, ORANGE, new_figure
 from engine.journal import NOTHING, Journal
+from engine.progress import tqdm
 from judges.base import BATCH, Judge, checked, listed_tables, put
 
 BINS = 10  # of confidence, from ½ to 1

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from engine.files import append_line
+from engine.progress import tqdm
 from judges.base import Judge, JudgeError, asked
 from judges.budget import circle, fill
 from judges.server import RUBRIC, Server, digest, messages

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data import Tokenizer
-from engine.command import exit_code
+from engine.command import Parser, exit_code
 from engine.files import write_json
 from engine.run_folder import round_policies
 from generate import generate
@@ -136,8 +136,7 @@ def show(name: str, numbers: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(description=__doc__)
     parser.add_argument("--base", required=True, help="checkpoint folder that the run began with")
     parser.add_argument("--run", required=True, help="folder of the run")
     parser.add_argument("--out", required=True, help="JSON to write")

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from data import read_prompts
-from engine.command import add_flags, check_settings, exit_code
+from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.files import read_lines, write_lines
 from evaluate.__main__ import Sampling, generator_of, responses_of, settle_template, unfinished
 
@@ -30,8 +30,7 @@ def answer(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(description=__doc__)
     policy = "checkpoint folder, or the folder of a run"
     parser.add_argument("--policy", required=True, help=policy)
     parser.add_argument("--prompts", required=True, help="IFEval's JSON lines")

@@ -18,7 +18,6 @@ constraint.
 Whenever it is stopped, the same command continues, to the same numbers.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.command import add_flags, check_settings, exit_code
+from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.files import keep_lines, write_json, write_text
 from real import measurement
 from real.prompts import SPLITS, draw_prompts, shuffled
@@ -103,8 +102,7 @@ def play(config: TrainConfig, counts: PromptConfig) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[TrainConfig, PromptConfig]:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(description=__doc__)
 
     # Every flag of train.py but --prompts, which this command writes.
     names = [field.name for field in fields(TrainConfig)]

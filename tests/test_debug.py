@@ -83,3 +83,24 @@ def test_the_debugging_run_starts_afresh_but_not_for_a_wrong_flag(debug_run, mon
     assert debug.main(["--rounds", "1"]) == 0
     assert not (folder / "out/debug/note").exists()
     assert [path.name for path in (folder / "out/debug").glob("round-*")] == ["round-01"]
+
+
+def test_it_prints_all_numbers_of_each_rounds_first_prompt(debug_run):
+    """As docs/one-round.md has them, where tests/test_trace.py compares each number."""
+    told = debug_run[1].stdout
+    assert told.count("judge: P(row beats column)") == 2
+    assert "log π_2/π_1" in told and "log π_3/π_2" in told
+
+
+def test_the_debugger_can_stop_where_a_round_begins(debug_run):
+    shown = run_python(debug_run[0], "-m", "toy.debug", "--stop", typed="s\ns\np len(prompts)\nq\n").stdout
+    assert "sppo_round(" in shown and "(Pdb) 2" in shown, shown
+
+
+def test_what_vs_code_launches_exists():
+    settings = json.loads((ROOT / ".vscode/launch.json").read_text())
+    toys, *others = settings["inputs"]
+    modules = [launch["module"] for launch in settings["configurations"] if "module" in launch]
+    modules += [f"toy.{name}" for name in toys["options"]]
+    own = [name for name in modules if name != "pytest" and "$" not in name]
+    assert len(own) > 8 and all((ROOT / f"{name.replace('.', '/')}.py").is_file() for name in own)

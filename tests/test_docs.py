@@ -46,6 +46,9 @@ NOT_RUN = {  # the beginning of a command: why no test runs it
     "python -m toy.ablations": "under a minute; tests/test_ablations.py",
     "python -m toy.judges": "under a minute; tests/test_judges.py",
     "python -m toy.relatives": "under a minute; tests/test_relatives.py",
+    "python -m toy.arrival": "under a minute; tests/test_arrival.py",
+    "make attack": "20 minutes; tests/test_attack.py runs a share of it",
+    "make numbers": "hours; tests/test_numbers.py compares the records with the pages",
     "python -m toy.social_choice": "its votes are not shipped; tests/test_social_choice.py",
     "export OPENAI_API_KEY=...": "it is a secret",
     """python train.py --judge 'llm:{"url":""": "needs a server; tests/test_llm_judge.py has one",
@@ -59,6 +62,12 @@ NOT_RUN = {  # the beginning of a command: why no test runs it
     "python -m toy.text_game build": "half a minute of training; tests/test_text_game.py",
     "python benchmarks/gpu.py": "needs a GPU; tests/test_gpu_benchmark.py runs it on a CPU",
     "torchrun": "needs eight GPUs; tests/test_distributed.py has two and three processes",
+    "python -m toy.debug --rounds 1 --loss hinge": "after an edit; tests/test_change_one_thing.py makes it",
+    """python -m toy.debug --rounds 1 --judge 'short:{"scale":""": "after an edit; tests/test_change_one_thing.py makes it",
+    "python digits.py": "after an edit; tests/test_change_one_thing.py makes it",
+    "python compare.py": "after an edit; tests/test_change_one_thing.py makes it",
+    "pip install pyarrow": "it installs from the package registry",
+    "python - train.parquet": "needs pyarrow",
     "hf": "needs a download",
     "alpaca_eval": "needs a key, and is not installed",
     "vllm": "needs a GPU, and is not installed",
@@ -270,7 +279,7 @@ EOF
 @pytest.mark.parametrize("page", TEXT)
 def test_every_block_says_its_language(page):
     for kind, block in blocks(TEXT[page]):
-        assert kind in ("sh", "text", "python"), block
+        assert kind in ("sh", "text", "python", "diff"), block
         if kind == "python":
             compile(block, page, "exec")
 

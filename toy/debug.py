@@ -35,7 +35,7 @@ RUN = Path("out/debug")
 FLAGS = f"""
     --policy {WORLD}/policy --judge toy.text_game:oracle --prompts {WORLD}/prompts.jsonl
     --out {RUN} --rounds 2 --samples 3 --max-new-tokens 6 --template plain --reuse-prompts
-    --eta 2 --optimizer adamw --lr 1e-3 --batch 2 --micro-batch 2 --epochs 2
+    --eta 2 --optimizer adamw --lr 1e-3 --batch 2 --micro-batch 2 --epochs 2 --trace
 """.split()
 
 
@@ -51,9 +51,23 @@ def build_debugging(world: str | Path) -> None:
     write_json(world / "world.json", {"seed": 0, "strengths": list(STRENGTHS), "quality": QUALITY})
 
 
+def stop_at_rounds() -> None:
+    """From now on the debugger stops where a round begins; a step into the next line enters it."""
+    play = train.sppo_round
+
+    def stopping(*arguments):
+        breakpoint()
+        return play(*arguments)
+
+    train.sppo_round = stopping
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Play the run from its start, in a world that is built if it is not there; the exit code."""
     flags = FLAGS + (sys.argv[1:] if arguments is None else arguments)
+    if "--stop" in flags:
+        flags.remove("--stop")
+        stop_at_rounds()
     config = train.parse_config(flags)  # a wrong flag ends here, before anything is removed
 
     if not (WORLD / "world.json").is_file():
