@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from evaluate import __main__ as evaluate
 from evaluate import length_controlled
@@ -74,6 +76,19 @@ def test_lc_from_published_weights_is_the_leaderboards(alpaca, model):
     published = alpaca["published_weights"][model]
     rate = length_controlled_from_weights(published["w"], alpaca["difficulty"])
     assert rate == pytest.approx(published["lc"], abs=1e-6)
+
+
+def test_the_leaderboard_on_the_page_is_recomputed_from_published_weights(alpaca):
+    """docs/real-run.md: every SPPO row, and the models that they began with; its text says 1e-6 for the LC."""
+    page = (ROOT / "docs/real-run.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| ([\w.-]+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", page, re.M)
+    assert {name for name, *_ in told if "SPPO" in name} == {name for name in PUBLISHED if "SPPO" in name}
+    assert len(told) == 8
+    for name, *numbers in told:
+        published = alpaca["published_weights"][name]
+        rate = length_controlled_from_weights(published["w"], alpaca["difficulty"])
+        found = (rate, published["win_rate"], published["avg_length"])
+        assert numbers == [f"{found[0]:.2f}", f"{found[1]:.2f}", str(found[2])], name
 
 
 @pytest.mark.parametrize("model", MODELS)
