@@ -1,4 +1,4 @@
-"""Claims about what a run says of itself: that it learned nothing, or too much; that it was finished already; where things are."""
+"""Claims about what a run says of itself: that it learned nothing, or too much; that it was finished; where things are."""
 
 import pytest
 from children import content

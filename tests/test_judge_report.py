@@ -218,10 +218,17 @@ def test_transitive_from_a_command_line():
 
 
 def test_the_figure_shows_eight_parts_of_the_pairs_by_length():
-    line = judge_report.draw(report(Rule(by_length), texts())).axes[1].lines[1]
+    pairs = [row | {"rejected": row["chosen"] + "a" * (n + 1)} for n, row in enumerate(texts())]
+    line = judge_report.draw(report(Rule(by_length), pairs)).axes[1].lines[1]
     difference, wins = line.get_xdata(), line.get_ydata()
     assert len(difference) == 8 and list(difference) == sorted(difference)
     assert all(a <= b + 1e-6 for a, b in itertools.pairwise(wins)) and wins[0] < wins[-1] - 0.1
+
+
+def test_pairs_of_one_difference_are_one_point_of_the_figure():
+    """All of `texts` differ by 7 or by 23 characters."""
+    line = judge_report.draw(report(Rule(by_length), texts())).axes[1].lines[1]
+    assert line.get_xdata().tolist() == [7, 23]
 
 
 def test_a_judge_that_likes_what_stands_first_gains_nothing_by_it():

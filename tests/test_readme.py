@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_the_readme_is_short():
 
 
 def test_the_tree_of_files_is_the_tree_of_files():
-    block = README.split("## The files")[1].split("```text\n")[1].split("```")[0]
+    block = TEXT["docs/files.md"].split("```text\n")[1].split("```")[0]
     told, room = set(), ""
     for line in block.splitlines():
         name = (line.split() or [""])[0]
@@ -44,6 +45,14 @@ def test_the_tree_of_files_is_the_tree_of_files():
     rooms = (".", "judges", "evaluate", "engine", "toy", "real", "benchmarks")
     files = {file for room in rooms for file in (ROOT / room).glob("*.py")}
     assert told == {str(f.relative_to(ROOT)) for f in files if f.name != "__init__.py"}
+
+
+def test_the_readme_names_the_files_at_the_top_and_every_room():
+    block = README.split("## The files")[1].split("```text\n")[1].split("```")[0]
+    told = {line.split()[0] for line in block.splitlines() if line.strip()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    top = {path for path in tracked if path.endswith(".py") and "/" not in path} or {path.name for path in ROOT.glob("*.py")}
+    assert top <= told and {"judges/", "evaluate/", "engine/", "toy/", "real/", "benchmarks/"} <= told
 
 
 def test_the_numbers_of_the_pictured_round():

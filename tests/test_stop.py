@@ -95,13 +95,29 @@ def test_a_state_that_cannot_be_written_is_told_and_the_fit_goes_on(world, tmp_p
     assert differ == {"config.json"}  # --save-minutes
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["prefmodel.py", "train"], ["plan.py"], ["-m", "evaluate", "lc"], ["-m", "real.ability"]])
+COMMANDS = [["train.py"], ["prefmodel.py", "train"], ["plan.py"], ["-m", "evaluate", "lc"], ["-m", "real.ability"]]
+
+# A command, and the signal at the moment when it begins to import torch.
+IMPORTING = """
+import importlib.abc, os, runpy, signal, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *more):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+sys.path.insert(0, {root!r})
+sys.argv = ["x"]
+{run}
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_control_c_while_torch_is_being_imported_ends_with_one_word(command):
-    """The signal comes when the import of torch begins, which a module of that name before it in the path says."""
-    code = "import os, signal, sys; os.kill(os.getpid(), signal.SIGINT)"
-    runner = f"import sys, importlib.abc as a\nclass Finder(a.MetaPathFinder):\n def find_spec(self, name, *_):\n  if name == 'torch': exec({code!r})\n"
-    path = "-m" in command and f"runpy.run_module({command[1]!r}, run_name='__main__', alter_sys=True)"
-    path = path or f"runpy.run_path({str(ROOT / command[0])!r}, run_name='__main__')"
-    runner += f"sys.meta_path.insert(0, Finder()); sys.path.insert(0, {str(ROOT)!r})\nimport runpy\nsys.argv = ['x']\n{path}"
-    result = subprocess.run([sys.executable, "-c", runner], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    run = f"runpy.run_path({str(ROOT / command[0])!r}, run_name='__main__')"
+    if command[0] == "-m":
+        run = f"runpy.run_module({command[1]!r}, run_name='__main__', alter_sys=True)"
+    script = IMPORTING.format(root=str(ROOT), run=run)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert result.stderr == "stopped\n" and result.returncode in (130, -signal.SIGINT)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_run
+from PIL import Image
 
 from data import Tokenizer, pad_responses, read_pairs
 from evaluate.judge_report import report
@@ -16,8 +17,8 @@ from sppo import sequence_logps, win_rates
 from toy import text_game
 from toy.debug import build_debugging
 from toy.text_game import (
-    CLASSES, STRENGTHS, SUMS, class_shares, classify, describe, draw_pairs, measure, model_config,
-    oracle, payoff,
+    CLASSES, STRENGTHS, SUMS, class_shares, classify, describe, draw_film, draw_pairs, measure,
+    model_config, oracle, payoff,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ the rules
@@ -163,6 +164,13 @@ def test_measure_writes_numbers_and_a_figure(measured):
     for row in (result["base"], result["last"], result["average"], *result["rounds"]):
         assert {"right", "endings", "malformed", "exploitability"} <= row.keys()
     assert (run / "measure.png").stat().st_size > 10_000
+
+
+def test_the_film_has_a_frame_a_round_and_runs_for_ever(measured, tmp_path):
+    _, result = measured
+    draw_film(result, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == len(result["rounds"]) and film.info["loop"] == 0
 
 
 def test_last_and_average_are_those_of_the_rounds(measured):

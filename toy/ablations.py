@@ -35,7 +35,7 @@ The shortcut of the authors' code keeps only scores, which turns a pure cycle of
     whole table 0.015, 0.011, 0.008.
   - Random games of 10 actions, as many rounds: 0.031 against 0.008 of the whole table; of 20: 0.040
     against 0.009. It is ahead for the first 300, for it doubles the logits (P = .9 becomes .988),
-    as if η were twice as large; with halved scores ("shortcut / 2") it starts like the whole table
+    as if η were twice as large; with halved scores it starts like the whole table
     and ends at 0.036 and 0.041.
   - One each of rock, paper, scissors: rock wins, paper loses, though paper beats rock:
     P(winner beats loser) is .2, rebuilt .75.
@@ -52,9 +52,9 @@ from itertools import product
 
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
+from engine.progress import tqdm
 from judges.base import transitive
 from sppo import Game, RoundConfig, normalized_target, sppo_round, win_rates
 from toy.games import bradley_terry, cycle, exploitability, nash, random_game
@@ -97,9 +97,9 @@ def disordered(size: int, generator: Generator, tables: int = 50) -> Tensor:
 
 def constant(etas: list, rounds: list[int], sizes: tuple, generator: Generator) -> dict:
     """log Z/η by η, and what exact play from START comes to with the exact constant and with ½."""
-    rates = {"ordered": ordered(100_000)}
+    rates = {"strict ranking, K large": ordered(100_000)}
     for size in sizes:
-        rates[f"disordered, K = {size}"] = disordered(size, generator)
+        rates[f"coin-flip preferences, K = {size}"] = disordered(size, generator)
 
     values = {}
     for name, rate in rates.items():
@@ -400,7 +400,11 @@ SELECT = {
     "all": "all K",
     "everybody": "every action, sampled or not",
 }
-TITLE = {"table": "whole table", "shortcut": "shortcut", "averaged": "shortcut / 2"}
+TITLE = {
+    "table": "whole table",
+    "shortcut": "mean scores (authors' code)",
+    "averaged": "mean scores, halved",
+}
 
 
 def find(rows: list[dict], **what) -> list[dict]:
@@ -468,7 +472,7 @@ def print_tables(tables: dict) -> None:
 def print_shortcut(result: dict) -> None:
     title = "\nexact play by judge, η = 0.1: exploitability of the average"
     print(title + ", and where all scores are equal")
-    line("", *TITLE.values(), "L π = 0")
+    line("", "whole table", "mean scores", "halved", "L π = 0")
     for row in result["cycles"]:
         line(f"cycle {row['game']}", *(f"{row[key]:.4f}" for key in (*JUDGES, "equal_scores")))
 
@@ -534,7 +538,7 @@ def draw_selections(axes, rows: list[dict]) -> None:
 def draw_judges(axes, rows: list[dict]) -> None:
     lines = [(dict(judge=judge, select="all"), label) for judge, label in TITLE.items()]
     draw_by_samples(axes, rows, lines, (BLUE, ORANGE, GREEN))
-    axes.set_title("The same, by what is kept of the table")
+    axes.set_title("The same, by what is kept of the judge's table")
 
 
 def draw_by_samples(axes, rows: list[dict], lines: list[tuple], colours: tuple) -> None:

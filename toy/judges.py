@@ -63,11 +63,11 @@ from matplotlib.lines import Line2D
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Tokenizer
 from engine.figures import BLUE, GREEN, GREY, ORANGE, SKY, new_figure
 from engine.files import write_json
+from engine.progress import tqdm
 from evaluate.judge_report import length_surplus
 from judges.base import Ensemble, Rule
 from judges.pairrm import PairRM, PairRMConfig

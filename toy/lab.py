@@ -1,13 +1,12 @@
 """What the scripts of the laboratory share: flags, files, the triangle of three actions."""
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from engine.command import exit_code
+from engine.command import Parser, exit_code
 from engine.figures import GREY, write_figure
 from engine.files import write_json
 
@@ -20,15 +19,16 @@ def script(
     draw: Callable,
     arguments: list[str] | None = None,
     flags: Callable = lambda parser: None,
+    short: Callable | None = None,
 ) -> int:
-    """The command `python -m toy.NAME`: measures, prints a table, and writes two files.
+    """The command `python -m toy.NAME`: measures, prints a table, and writes its files.
 
-    OUT/NAME.json holds result = measure(args), OUT/NAME.png the figure draw(result). args has
+    OUT/NAME.json holds result = measure(args), OUT/NAME.png the figure draw(result), and
+    OUT/NAME-short.png, if there is one, the part of it that docs/laboratory.md shows. args has
     `seed`, `out` and what `flags(parser)` adds. Returns the exit code: 0; or 2, after one sentence,
     if something could not be read or written.
     """
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser = Parser(description=description)
     files = f"folder for {name}.png and {name}.json [%(default)s]"
     parser.add_argument("--out", default="out/toy", help=files)
     parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
@@ -50,6 +50,8 @@ def script(
         result = measure(args)
         write_json(out / f"{name}.json", result)
         write_figure(out / f"{name}.png", draw(result))
+        if short:
+            write_figure(out / f"{name}-short.png", short(result))
         print_table(result)
         print(f"\n{out / name}.png, {out / name}.json: {time.monotonic() - start:.0f} s")
 

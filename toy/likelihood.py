@@ -50,11 +50,11 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Prompt
-from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, new_figure
+from engine.figures import BLUE, ORANGE, PINK, SKY, new_figure
 from engine.files import remove, write_json, write_lines
+from engine.progress import tqdm
 from judges.base import Judge
 from model import Transformer, initialize
 from sppo import Regression, best_and_worst, row_losses, sppo_target, win_rates
@@ -72,13 +72,12 @@ from toy.text_game import (
 from train import TextGame, TrainConfig, load, run
 
 LOSSES = ("sppo", "sppo-hard", "dpo", "ipo")
-STYLES = {"chosen": "-", "rejected": "--"}
 # "right" is the best and the worst of the right responses.
 PAIRS = {"any": "best and worst of 16", "right": "only the ending differs"}
 
 # Part A.
 ETAS = (2.0, 20.0, 1000.0)  # the paper's is 1000
-REPEATS = 3  # draws of the pairs and of their order; a band in the figure shows their range
+REPEATS = 3  # draws of the pairs and of their order; a line in the figure shows their range
 EPOCHS = 12  # passes over the pairs, of four optimizer steps each
 EVERY = 4  # optimizer steps between two points of a curve
 
@@ -333,77 +332,45 @@ def spread(runs: list[dict], key: str, form: str) -> str:
 
 # ------------------------------------------------------------------------ the figure
 
-# Of different widths, so that lines that coincide stay visible.
-LOOKS = {
-    "sppo": dict(color=BLUE, linewidth=1.5),
-    "sppo-hard": dict(color=GREEN, linewidth=3.6),
-    "dpo": dict(color=ORANGE, linewidth=2.4),
-    "ipo": dict(color=PINK, linewidth=1),
-}
+NAMES = {"sppo": "SPPO", "sppo-hard": "SPPO, hard labels", "dpo": "DPO", "ipo": "IPO"}
+COLOURS = {"sppo": BLUE, "sppo-hard": SKY, "dpo": ORANGE, "ipo": PINK}
+GROUPS = {"any": "best and worst of 16", "right": "right answers that differ in the ending"}
 
 
 def draw(result: dict):
-    """Left: log-ratios by optimizer step, a row for each kind of pair, a column for each η.
-
-    Right: exploitability by round.
-    """
-    figure = new_figure(16, 7.6)
-    axes = figure.subplots(len(PAIRS), len(ETAS) + 1)
+    """Bars: the share of chosen responses that became less likely, by kind of pair, η and loss."""
+    figure = new_figure(10, 4.4)
+    axes = figure.subplots()
+    places = {}
+    for kind, eta in product(PAIRS, ETAS):
+        # A group for each η, with a gap between the two kinds of pairs.
+        places[kind, eta] = len(places) + 0.4 * (kind != next(iter(PAIRS)))
 
     for row in result["likelihoods"]:
-        axis = axes[list(PAIRS).index(row["pairs"]), ETAS.index(row["eta"])]
-        draw_likelihoods(axis, result["steps"], row)
-    for axis in axes[:, :-1].flat:
-        finish_likelihoods(axis)
+        shift = 0.2 * (LOSSES.index(row["loss"]) - 1.5)
+        draw_bar(axes, places[row["pairs"], row["eta"]] + shift, row)
 
-    draw_exploitability(axes[0, -1], result["exploitability"], "rounds", "policy of each round")
-    draw_exploitability(axes[1, -1], result["exploitability"], "averages", "average so far")
-    draw_legend(figure)
+    axes.set_xticks([*places.values()], [f"η = {eta:g}" for _, eta in places])
+    for kind, title in GROUPS.items():
+        middle = fmean(place for (other, _), place in places.items() if other == kind)
+        below = dict(transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=11)
+        axes.text(middle, -0.1, title, **below)
+    axes.set(ylim=(0, 100), ylabel="% of chosen responses")
+    axes.set_title("Chosen responses that are less likely after training than before")
+    axes.legend(frameon=False, loc="upper left", ncols=len(LOSSES))
     return figure
 
 
-def draw_likelihoods(axes, steps: list[int], row: dict) -> None:
-    """The curves of one loss: mean over the runs, and the band of their range."""
-    look = LOOKS[row["loss"]]
-    # Soft SPPO is plotted first, and the wider lines after it would hide it.
-    height = 2 + (row["loss"] == "sppo")
-
-    for side, style in STYLES.items():
-        values = torch.tensor([run[side] for run in row["runs"]])
-        low = values.amin(0)
-        high = values.amax(0)
-        axes.plot(steps, values.mean(0), style, zorder=height, **look)
-        axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
-    axes.set_title(f"{PAIRS[row['pairs']]}, η = {row['eta']:g}")
-
-
-def finish_likelihoods(axes) -> None:
-    """Labels and scales, the same in all panels so that they can be compared."""
-    axes.set(xlabel="optimizer step", ylabel="log π_θ/π_t (nats; linear within ±1)")
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(-40, 4)
-    axes.set_yticks((-10, -1, 0, 1), ("-10", "-1", "0", "1"))
-
-
-def draw_exploitability(axes, games: dict[str, dict], name: str, title: str) -> None:
-    for loss, game in games.items():
-        axes.plot(range(1, len(game[name]) + 1), game[name], color=LOOKS[loss]["color"])
-
-    axes.set(xlabel="round", ylabel="exploitability (win rate above ½)", ylim=(0, 0.4))
-    axes.set_title(f"{title}, η = {LOOP['eta']:g}")
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-
-
-def draw_legend(figure) -> None:
-    """One legend for all panels: a colour is a loss, a style is a side of the pair."""
-    # Imported late: the processes of the pool load this file too, and never draw.
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], label=loss, **LOOKS[loss]) for loss in LOSSES]
-    for side, style in STYLES.items():
-        handles.append(Line2D([], [], color="black", linestyle=style, label=side))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+def draw_bar(axes, place: float, row: dict) -> None:
+    """The mean over the draws of the pairs, and a line over their range."""
+    shares = [100 * run["fell"] for run in row["runs"]]
+    mean = fmean(shares)
+    # The legend names each loss once.
+    first = row["pairs"] == next(iter(PAIRS)) and row["eta"] == ETAS[0]
+    look = dict(width=0.18, color=COLOURS[row["loss"]], label=NAMES[row["loss"]] if first else None)
+    axes.bar(place, mean, **look)
+    axes.plot([place, place], [min(shares), max(shares)], color="black", linewidth=0.8)
+    axes.text(place, max(shares) + 1, f"{mean:.0f}", ha="center", va="bottom", fontsize=8)
 
 
 # ------------------------------------------------------------------------ command line

@@ -42,9 +42,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, new_figure
+from engine.progress import tqdm
 from judges.base import Judge, checked_tables
 from sppo import sppo_target
 from toy.games import comal, cycle, exploitability, random_game

@@ -23,9 +23,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW, new_figure, slope
+from engine.progress import tqdm
 from generate import generate
 from model import ModelConfig, Transformer, initialize
 from sppo import Game, RoundConfig, sequence_logps, sppo_round
@@ -263,15 +263,27 @@ def print_sampled(sampled: dict) -> None:
 def draw(result: dict):
     """Top: exact play. Bottom: the transformer beside it, and all games at all horizons."""
     figure = new_figure(15, 9.5)
-    (simplex, curves, distances), (simplex2, curves2, horizon) = figure.subplots(2, 3)
+    top, (simplex2, curves2, horizon) = figure.subplots(2, 3)
 
-    draw_exact_path(simplex, result["exact"], result["equilibrium"])
-    draw_exact_curves(curves, result["exact"])
-    draw_distance(distances, result["exact"])
+    draw_exact(top, result)
     draw_sampled_paths(simplex2, result["sampled"], result["equilibrium"])
     draw_sampled_curves(curves2, result["sampled"])
     draw_horizons(horizon, result["horizons"])
     return figure
+
+
+def draw_short(result: dict):
+    """The top row by itself, which says what the theorem says."""
+    figure = new_figure(15, 4.7)
+    draw_exact(figure.subplots(1, 3), result)
+    return figure
+
+
+def draw_exact(panels, result: dict) -> None:
+    simplex, curves, distances = panels
+    draw_exact_path(simplex, result["exact"], result["equilibrium"])
+    draw_exact_curves(curves, result["exact"])
+    draw_distance(distances, result["exact"])
 
 
 def draw_exact_path(axes, rows: dict, equilibrium: list) -> None:
@@ -352,10 +364,13 @@ def draw_horizons(axes, games: dict) -> None:
     colours = (ORANGE, BLUE, GREEN, PINK, SKY, YELLOW, "black")
     for (name, row), colour in zip(games.items(), colours):
         x = [T / math.log(row["actions"]) for T in row["rounds"]]
-        # COMAL's game is rock–paper–scissors backwards, so its curve lies on that one.
-        line = ".--" if name == "COMAL's game" else ".-"
-        look = dict(color=colour, linewidth=0.8, markersize=4)
-        axes.plot(x, row["exploitability"], line, label=name, **look)
+        look = dict(color=colour, linewidth=0.8, markersize=4, marker=".")
+        # COMAL's game is rock–paper–scissors backwards: its curve lies on that one's.
+        if name == "rock-paper-scissors":
+            look |= dict(linewidth=5, marker="", alpha=0.5)
+        if name == "COMAL's game":
+            name += " (on rock-paper-scissors)"
+        axes.plot(x, row["exploitability"], label=name, **look)
 
     x = [0.3, 1e4]
     bound = [math.sqrt(1 / (2 * v)) for v in x]
@@ -369,4 +384,4 @@ def draw_horizons(axes, games: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(script("rps", __doc__, measure, print_table, draw))
+    sys.exit(script("rps", __doc__, measure, print_table, draw, short=draw_short))

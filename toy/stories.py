@@ -33,12 +33,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from tqdm import tqdm
 
 from data import Tokenizer, pad_responses
-from engine.command import exit_code
-from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, new_figure, write_figure
+from engine.command import Parser, exit_code
+from engine.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    label_ends,
+    new_figure,
+    whole_ticks,
+    write_figure,
+)
 from engine.files import write_json, write_lines
+from engine.progress import tqdm
 from engine.run_folder import policy_folder
 from generate import generate
 from model import Transformer
@@ -228,39 +238,53 @@ def print_result(result: dict) -> None:
 
 def draw(result: dict, path: Path) -> None:
     """Left: shares of the categories by round. Right: exploitability by round."""
-    policies = [result["base"], *result["rounds"]]
-    figure = new_figure(11, 4.6)
+    figure = new_figure(12, 4.6)
     left, right = figure.subplots(1, 2)
+    draw_shares(left, [result["base"], *result["rounds"]])
+    draw_exploitability(right, result)
     for axes in (left, right):
         axes.set_xlabel("round (0: base policy)")
+        axes.set_xlim(0, len(result["rounds"]))
+        whole_ticks(axes.xaxis)
+    write_figure(path, figure)
 
+
+def draw_shares(axes, policies: list[dict]) -> None:
+    ends = []
     for category, colour, marker in zip(CATEGORIES, (BLUE, ORANGE, GREEN, PINK, GREY), "os^Dx"):
         shares = [row["shares"][category] for row in policies]
-        left.plot(shares, marker=marker, color=colour, markersize=4, label=category)
-    # Room for the legend above the curves.
-    left.set(title="What the policy writes", ylabel="share of texts", ylim=(-0.03, 1.12))
-    row = dict(loc="upper center", ncols=5, columnspacing=1, handlelength=1.5)
-    left.legend(frameon=False, fontsize=9, **row)
+        axes.plot(shares, marker=marker, color=colour, markersize=4, clip_on=False)
+        ends.append((shares[-1], category, colour))
+    axes.set(ylabel="share of texts", ylim=(0, 1))
+    label_ends(axes, ends)
 
-    last = [row["exploitability"] for row in policies]
+    # The theme of most texts, round by round, without repeating it.
+    themes = [max(THEMES, key=row["shares"].get) for row in policies[1:]]
+    moves = [theme for theme, before in zip(themes, [None, *themes]) if theme != before]
+    axes.set_title("The leading theme: " + ", then ".join(moves), fontsize=11)
+
+
+def draw_exploitability(axes, result: dict) -> None:
+    last = [row["exploitability"] for row in (result["base"], *result["rounds"])]
     averages = [row["exploitability"] for row in result["averages"]]
+    axes.plot(last, "s-", color=ORANGE, markersize=4, clip_on=False)
     # The average begins with round 1; round 0 is the base policy.
-    numbers = range(1, len(policies))
-    right.plot(last, "s-", color=ORANGE, markersize=4, label="policy of each round")
-    label = "average of the rounds so far"
-    right.plot(numbers, averages, "o-", color=BLUE, markersize=4, label=label)
-    right.set(title="What a challenger gains", ylabel="exploitability (win rate above ½)")
-    right.set_ylim(0, 0.6)
-    right.legend(frameon=False, loc="upper left", fontsize=9)
-    write_figure(path, figure)
+    numbers = range(1, len(last))
+    axes.plot(numbers, averages, "o-", color=BLUE, markersize=4, clip_on=False)
+
+    axes.set(ylabel="exploitability (win rate above ½)", ylim=(0, 0.6))
+    ends = [(last[-1], "policy of\neach round", ORANGE)]
+    ends += [(averages[-1], "average of the\nrounds so far", BLUE)]
+    label_ends(axes, ends, gap=0.11)
+    found = f"average {averages[-1]:.2f}, last policy {last[-1]:.2f}"
+    axes.set_title(f"A challenger gains in the end: {found}", fontsize=11)
 
 
 # ------------------------------------------------------------------------ command line
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(description=__doc__)
 
     def flag(name, default, text):
         kind = type(default)

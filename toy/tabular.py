@@ -21,9 +21,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.figures import BLUE, GREEN, GREY, ORANGE, PINK, SKY, new_figure, slope
+from engine.progress import tqdm
 from sppo import (
     dpo_loss,
     ipo_loss,
@@ -353,7 +353,7 @@ def print_table(result: dict) -> None:
 
 # ------------------------------------------------------------------------ the figure
 
-STYLES = {
+STYLES = {  # SPPO is wide: iterative IPO, the same step, lies on it
     "SPPO": (ORANGE, "-"),
     "iterative IPO": (BLUE, "--"),
     "iterative DPO": (PINK, "-"),
@@ -380,9 +380,9 @@ def draw(result: dict):
 def draw_paths(axes, rows: dict) -> None:
     point = triangle(axes, ("all a", "all b", "all c"))
     for name, rounds in (("SPPO", 60), ("iterative IPO", 60), ("moving reference", 500)):
-        colour, line = STYLES[name]
+        _, line = STYLES[name]
         path = point(rows[name]["path"][:rounds])
-        axes.plot(*path, line, color=colour, linewidth=1.2, label=f"{name}, {rounds} rounds")
+        axes.plot(*path, line, label=f"{name}, {rounds} rounds", **look(name))
 
     equilibrium = point(nash(comal()))
     axes.plot(*point(START), "o", color="black", label="start")
@@ -391,12 +391,19 @@ def draw_paths(axes, rows: dict) -> None:
     axes.set_title("COMAL's game: policy of each round")
 
 
-def draw_curves(axes, rows: dict) -> None:
-    for name, (colour, line) in STYLES.items():
-        last = rows[name]["last_by_round"]
-        axes.plot(rows[name]["rounds"], last, line, color=colour, linewidth=1.2, label=name)
+def look(name: str) -> dict:
+    """Colour and width of a method's line."""
+    colour, _ = STYLES[name]
+    wide = dict(linewidth=5, alpha=0.4)
+    return dict(color=colour, **(wide if name == "SPPO" else dict(linewidth=1.2)))
 
-    axes.set(xscale="log", yscale="log", ylim=(1e-12, 2))
+
+def draw_curves(axes, rows: dict) -> None:
+    for name, (_, line) in STYLES.items():
+        axes.plot(rows[name]["rounds"], rows[name]["last_by_round"], line, label=name, **look(name))
+
+    # Beyond 3,000 rounds only the moving reference goes on, below what is shown.
+    axes.set(xscale="log", yscale="log", xlim=(1, 3000), ylim=(1e-12, 2))
     axes.set(xlabel="round", ylabel="exploitability of the last policy")
     axes.set_title("COMAL's game: only some last policies arrive")
     axes.legend(frameon=False, fontsize=9, loc="lower left")

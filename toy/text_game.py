@@ -11,7 +11,8 @@ style is not, and the equilibrium is: always right, endings mixed, (4, 3, 4)/11 
     python train.py --preset tiny --policy WORLD/policy --judge WORLD/judge \\
         --prompts WORLD/prompts.jsonl --out RUN
     python -m toy.text_game measure WORLD RUN
-        exact shares and exploitability of each round's policy and of their average
+        exact shares and exploitability of each round's policy and of their average; with --gif
+        also a moving picture of them
 
 Every well-formed response can be listed (100 numbers, 3 endings), so the policy's shares are sums
 of exact probabilities, not estimates.
@@ -22,18 +23,20 @@ import functools
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Tokenizer, pad_responses, read_pairs
-from engine.command import exit_code
-from engine.figures import BLUE, GREEN, ORANGE, new_figure, write_figure
+from engine.command import Parser, exit_code
+from engine.figures import BLUE, GREEN, ORANGE, label_ends, new_figure, whole_ticks, write_figure
 from engine.files import atomic_write, read_json, remove, write_json, write_lines
+from engine.progress import tqdm
 from engine.run_folder import round_policies
 from generate import KVCache
 from model import ModelConfig, Transformer, initialize
@@ -312,8 +315,10 @@ def describe(shares: Tensor, table: Tensor) -> dict:
     }
 
 
-def measure(world: str | Path, run: str | Path) -> dict:
-    """Write RUN/measure.json and RUN/measure.png; FileNotFoundError if the run has no policies.
+def measure(world: str | Path, run: str | Path, film: bool = False) -> dict:
+    """Write RUN/measure.json and RUN/measure.png, with `film` also RUN/measure.gif.
+
+    FileNotFoundError if the run has no policies.
 
     They show the base policy, the policy of every round, the last one, and the rounds' average,
     which is the theorem's: a mixture that draws a round, then a response of its policy. So its
@@ -342,6 +347,8 @@ def measure(world: str | Path, run: str | Path) -> dict:
     }
     write_json(run / "measure.json", result)
     draw(result, run / "measure.png")
+    if film:
+        draw_film(result, run / "measure.gif")
     return result
 
 
@@ -361,7 +368,7 @@ def print_table(result: dict) -> None:
 
 def draw(result: dict, path: Path) -> None:
     """Left: the path of the endings on their triangle. Right: exploitability, and wrong answers."""
-    figure = new_figure(11, 4.6)
+    figure = new_figure(11.5, 4.6)
     simplex, curve = figure.subplots(1, 2)
     draw_endings(simplex, result)
     draw_exploitability(curve, result)
@@ -369,22 +376,40 @@ def draw(result: dict, path: Path) -> None:
 
 
 def draw_endings(axes, result: dict) -> None:
-    """Shares of the three endings: a point for each policy."""
+    """Shares of the three endings: a point for each policy; names stand outside the triangle."""
     point = triangle(axes, [f"all “{ending}”" for ending in ENDINGS])
-    start = [result["base"]]
+    rounds, averages, equilibrium = paths(result, point)
+    axes.plot(*rounds, ".-", color=ORANGE, linewidth=0.8, markersize=4)
+    axes.plot(*averages, ".-", color=BLUE, markersize=4)
 
-    def path(rows, look, **style):
-        axes.plot(*point([row["endings"] for row in rows]), look, **style)
+    # Which way the policies run: an early step, away from the other marks, and the last one.
+    for i in (len(result["rounds"]) // 10, -2):
+        arrow = dict(arrowstyle="-|>", color=ORANGE, mutation_scale=18)
+        axes.annotate("", rounds[:, i + 1], rounds[:, i], arrowprops=arrow)
+    axes.plot(*rounds[:, 0], "o", color="black")
+    axes.plot(*equilibrium, "*", color=GREEN, markersize=15)
 
-    label = "policy of each round"
-    path(start + result["rounds"], ".-", color=ORANGE, linewidth=0.8, label=label)
-    path(result["averages"], ".-", color=BLUE, label="average of the rounds so far")
-    path(start, "o", color="black", label="base policy")
-    equilibrium = point(result["equilibrium"])
-    axes.plot(*equilibrium, "*", color=GREEN, markersize=15, label="Nash equilibrium")
-
+    names = [
+        ("average of the\nrounds so far", (-0.08, 0.62), averages.T, BLUE),
+        ("base policy", (-0.12, 0.3), rounds.T[:1], "black"),
+        ("policy of each\nround", (1.08, 0.62), rounds.T, ORANGE),
+        ("Nash\nequilibrium", (1.14, 0.36), equilibrium[None], GREEN),
+        (f"round {len(result['rounds'])}", (0.35, -0.09), rounds.T[-1:], ORANGE),
+    ]
+    for name, place, points, colour in names:
+        # A thin line from the name to the nearest point that it names.
+        nearest = min(points.tolist(), key=lambda xy: math.dist(xy, place))
+        line = dict(arrowstyle="-", color=colour, linewidth=0.6, shrinkB=4)
+        box = dict(ha="center", va="center", fontsize=9, color=colour)
+        axes.annotate(name, nearest, place, arrowprops=line, **box)
     axes.set_title("Endings of the responses (shares)", pad=14)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(-0.06, 1), fontsize=8)
+
+
+def paths(result: dict, point: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    """On the triangle: base policy and rounds (2, 1 + T), averages (2, T), equilibrium (2,)."""
+    rounds = [row["endings"] for row in (result["base"], *result["rounds"])]
+    averages = [row["endings"] for row in result["averages"]]
+    return point(rounds), point(averages), point(result["equilibrium"])
 
 
 def draw_exploitability(axes, result: dict) -> None:
@@ -395,22 +420,106 @@ def draw_exploitability(axes, result: dict) -> None:
     last = [row["exploitability"] for row in policies]
     average = [row["exploitability"] for row in result["averages"]]
     wrong = [1 - row["right"] for row in policies]
-    axes.plot(rounds, last, color=ORANGE, label="policy of each round")
+    axes.plot(rounds, last, color=ORANGE)
     # The average begins with round 1; round 0 is the base policy.
-    axes.plot(rounds[1:], average, color=BLUE, label="average of the rounds so far")
-    axes.plot(rounds, wrong, ":", color=GREEN, label="wrong answers (share)")
+    axes.plot(rounds[1:], average, color=BLUE)
+    axes.plot(rounds, wrong, ":", color=GREEN)
 
-    axes.set(xlabel="round", ylabel="exploitability (win rate above ½)", ylim=(0, None))
+    axes.set(xlabel="round (0: base policy)", ylabel="exploitability (win rate above ½)")
+    axes.set(xlim=(0, rounds[-1]), ylim=(0, None))
+    whole_ticks(axes.xaxis)
     axes.set_title("Exact exploitability")
-    axes.legend(frameon=False)
+    ends = [(last[-1], "policy of\neach round", ORANGE)]
+    ends += [(average[-1], "average of the\nrounds so far", BLUE)]
+    ends += [(wrong[-1], "wrong answers\n(share)", GREEN)]
+    label_ends(axes, ends, gap=0.11)
+
+
+def draw_film(result: dict, path: Path) -> None:
+    """The same as a moving picture of 8 seconds, round by round: a GIF that runs for ever."""
+    # Imported late: few commands draw.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    figure = new_figure(8.2, 3.6)
+    figure.set_dpi(100)
+    canvas = FigureCanvasAgg(figure)
+    simplex, curve = figure.subplots(1, 2)
+    show = film_endings(simplex, result), film_exploitability(curve, result)
+
+    frames = []
+    for number in tqdm(range(1, len(result["rounds"]) + 1), desc="film", leave=False):
+        for part in show:
+            part(number)
+        canvas.draw()
+        # The places were found for the first frame, and stay.
+        figure.set_layout_engine("none")
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+    # One palette, of the fullest frame: frames then differ only where something moves.
+    palette = frames[-1].quantize(256)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+
+    # Hundredths of a second are all that a GIF knows; the last frame stays for one second.
+    times = [10 * max(2, round(700 / len(frames)))] * (len(frames) - 1) + [1000]
+    with atomic_write(path) as temporary:
+        frames[0].save(
+            temporary, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0
+        )
+
+
+def film_endings(axes, result: dict) -> Callable:
+    """The triangle; returns the function that shows it after so many rounds."""
+    point = triangle(axes, [f"all “{ending}”" for ending in ENDINGS])
+    rounds, averages, equilibrium = paths(result, point)
+    axes.plot(*equilibrium, "*", color=GREEN, markersize=15)
+    line = dict(arrowstyle="-", color=GREEN, linewidth=0.6, shrinkB=6)
+    name = dict(ha="center", va="center", fontsize=9, color=GREEN, arrowprops=line)
+    axes.annotate("Nash\nequilibrium", equilibrium.tolist(), (1.05, 0.6), **name)
+
+    # Faintly where the policies will run, from the first frame on.
+    axes.plot(*rounds, color=ORANGE, linewidth=0.4, alpha=0.4)
+    (trail,) = axes.plot([], [], color=ORANGE, linewidth=1)
+    (spiral,) = axes.plot([], [], color=BLUE, linewidth=1.6)
+    (policy,) = axes.plot([], [], "o", color=ORANGE, markersize=9)
+    (average,) = axes.plot([], [], "o", color=BLUE, markersize=7)
+    axes.set_title("Endings of the responses (shares)", fontsize=10, pad=12)
+
+    def show(number):
+        recent = slice(max(0, number - 8), number + 1)
+        trail.set_data(*rounds[:, recent])
+        spiral.set_data(*averages[:, :number])
+        policy.set_data(*rounds[:, number, None])
+        average.set_data(*averages[:, number - 1, None])
+
+    return show
+
+
+def film_exploitability(axes, result: dict) -> Callable:
+    """Exploitability; returns the function that shows it after so many rounds."""
+    last = [row["exploitability"] for row in result["rounds"]]
+    average = [row["exploitability"] for row in result["averages"]]
+    (each,) = axes.plot([], [], color=ORANGE)
+    (mean,) = axes.plot([], [], color=BLUE, linewidth=1.6)
+
+    axes.set(xlim=(0, len(last)), ylim=(0, 1.35 * max(last + average)), xlabel="round")
+    axes.set_ylabel("exploitability (win rate above ½)")
+    corner = dict(ha="right", va="top", transform=axes.transAxes)
+    axes.text(0.97, 0.97, "the last policy", color=ORANGE, **corner)
+    axes.text(0.97, 0.89, "the average of all rounds", color=BLUE, **corner)
+
+    def show(number):
+        each.set_data(range(1, number + 1), last[:number])
+        mean.set_data(range(1, number + 1), average[:number])
+
+    return show
 
 
 # ------------------------------------------------------------------------ command line
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("build", help="write the world")
@@ -424,6 +533,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser("measure", help="measure a run exactly")
     command.add_argument("world")
     command.add_argument("run")
+    film = "also write RUN/measure.gif, the figure as a moving picture"
+    command.add_argument("--gif", action="store_true", help=film)
     return parser.parse_args(arguments)
 
 
@@ -434,7 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "build":
             build(args.world, args.seed, args.strengths, args.pairs)
         else:
-            print_table(measure(args.world, args.run))
+            print_table(measure(args.world, args.run, args.gif))
 
     return exit_code("toy.text_game", work)
 
