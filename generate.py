@@ -41,6 +41,11 @@ class KVCache:
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.size = size
 
+    def __repr__(self) -> str:
+        layers, rows, size = self.keys.shape[:3]
+        used = self.length.tolist()
+        return f"KVCache({layers} layers, {rows} rows of {size} positions, used {used})"
+
     def part(self, rows: int, size: int) -> "KVCache":
         """The first `rows` rows and `size` positions, in the same memory."""
         part = copy.copy(self)

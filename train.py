@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +90,11 @@ class TrainConfig(RoundConfig, SamplingConfig):
     dtype: str = setting("float32", "of the policy's weights", choices=tuple(DTYPES))
     judge_dtype: str | None = setting(None, "unset: that of its checkpoint", choices=tuple(DTYPES))
     judge_retries: int = setting(5, "repeats of a judge that fails for a time", low=0, free=True)
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        changed = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+        return f"TrainConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in changed)})"
 
     @property
     def cache_bytes(self) -> int | None:
@@ -216,6 +221,9 @@ class TextGame(Game):
         # Of the stage that is being played: its bar, if it has one, and what was done of it before.
         self.progress = None
         self.journal = NOTHING
+
+    def __repr__(self) -> str:
+        return f"TextGame(round {self.number} of {self.config.rounds}, {self.config.out})"
 
     def generator(self, stage: int) -> torch.Generator:
         """One for each stage of each round, so that a resumed run draws the same numbers."""

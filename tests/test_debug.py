@@ -7,8 +7,11 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, tiny_config
 
+import train
+from generate import KVCache
 from toy import debug
 
 
@@ -104,3 +107,12 @@ def test_what_vs_code_launches_exists():
     modules += [f"toy.{name}" for name in toys["options"]]
     own = [name for name in modules if name != "pytest" and "$" not in name]
     assert len(own) > 8 and all((ROOT / f"{name.replace('.', '/')}.py").is_file() for name in own)
+
+
+def test_the_variables_of_a_debugger_read_at_a_glance(tmp_path):
+    """What is set and not what is not; the place in the run; a cache's shape and not its numbers."""
+    config = train.TrainConfig(policy="DIR", eta=2.0, out="RUN")
+    assert repr(config) == "TrainConfig(eta=2.0, policy='DIR', out='RUN')"
+    assert repr(train.TextGame(config, None, None, None, 2)) == "TextGame(round 2 of 3, RUN)"
+    cache = KVCache(tiny_config(), 3, 16, "cpu", torch.float32)
+    assert repr(cache) == "KVCache(2 layers, 3 rows of 16 positions, used [0, 0, 0])"

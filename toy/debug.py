@@ -10,7 +10,7 @@ The code path is that of every other run, on a world that is built in a second; 
 afresh each time. Flags are those of train.py, for instance `--rounds 1 --select all`. What to look
 at in a round, with N = 2 prompts and K = 3 samples:
 
-    responses    N lists of K lists of token ids
+    responses    N lists of K lists of token ids; game.game.texts(prompts[0], responses[0])
     preference   (N, K, K): ½ on each diagonal; preference + preference.mT is 1 everywhere
     win_rate     (N, K): the mean of each row of preference; each prompt's mean is ½
     chosen       (N, 2): which of the K are best and worst
