@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -146,19 +146,20 @@ class Metrics:
     def finish_round(self, number: int, steps: list[dict], summary: dict) -> None:
         self.lines += [{"round": number} | step for step in steps]
         self.lines.append(summary)
-        # A finished round that is read again changes nothing: later rounds have their lines there.
-        if is_main() and not self.has(self.lines):
+        # A finished round that is read again must not take away what later ones have written.
+        if is_main() and not self.is_followed_by_later(number):
             write_lines(self.path, self.lines)
 
-    def has(self, lines: list[dict]) -> bool:
-        """Whether the file begins with these lines."""
-        if not self.path.exists():
+    def is_followed_by_later(self, number: int) -> bool:
+        """Whether the file has the lines so far, and after them only those of later rounds."""
+        try:
+            rows = [row for _, row in read_lines(self.path)]
+        except (ValueError, FileNotFoundError):  # a kill may have torn the last line
             return False
-        return [row for _, row in zip(lines, self.rows())] == lines
-
-    def rows(self) -> Iterator[dict]:
-        with suppress(ValueError):  # a kill may have torn the last line
-            yield from (row for _, row in read_lines(self.path))
+        done = len(self.lines)
+        return rows[:done] == self.lines and all(
+            row.get("round", 0) > number for row in rows[done:]
+        )
 
 
 @contextmanager

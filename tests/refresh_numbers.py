@@ -398,6 +398,13 @@ def read_real():
     measured = load(f"{FOLDER}/measure.json")
     found = {"base": measured["base"]}
     found |= {f"round {i}": row for i, row in enumerate(measured["rounds"], 1)}
+    for seed in (1, 2):
+        other = load(f"{FOLDER}/seed-{seed}.measure.json")
+        found[f"seed {seed} base"], found[f"seed {seed} last"] = other["base"], other["rounds"][-1]
+    found |= {"seed 0 base": found["base"], "seed 0 last": found["round 8"]}
+    paper = load(f"{FOLDER}/paper.measure.json")
+    found["paper base"], found["paper last"] = paper["base"], paper["rounds"][-1]
+    found |= {"ifeval": load(f"{FOLDER}/ifeval.json"), "ability": load(f"{FOLDER}/ability.json")["policies"]}
     return found | {"average": measured["average"], "kinds": measured["constraints"], "rounds": real_rounds()}
 
 
@@ -418,7 +425,66 @@ def real_rounds():
     return found
 
 
+SEEN = ("pass:.3f", "quality:.3f", "on_topic:.2f", "distinct_bigrams:.3f", "tokens_unless_short:.0f", "log_likelihood:.2f")
+
+
+def before_and_after(title, run, set_name):
+    """A row of a run's base and last policy on a held-out set, with the gain."""
+    cells = []
+    for column in SEEN:
+        name, form = column.split(":")
+        cells.append(" → ".join(f"{{{run} {when}[{set_name}][{name}]:{form}}}" for when in ("base", "last")))
+    last = f"{run} last[{set_name}]"
+    gain = f"{{{last}[gain]:+.2f}} ({{{last}[gain_interval][0]:+.2f}} to {{{last}[gain_interval][1]:+.2f}})"
+    return f"| {title} | {gain} | " + " | ".join(cells) + " |"
+
+
+def seed_rows():
+    for set_name, shown in (("topics", "topics"), ("kinds", "constraints")):
+        for seed in range(3):
+            yield before_and_after(f"{shown}, seed {seed}", f"seed {seed}", set_name)
+
+
+def other_rows():
+    """The paper's setting; IFEval; perplexity and sums."""
+    yield before_and_after("η = 1000, RMSProp 5e-7, one round", "paper", "topics")
+
+    for name in ("base", "last", "average"):
+        cells = []
+        for level in ("prompt", "instruction"):
+            place = f"ifeval[{name}][{level}]"
+            low, high = (f"{{{place}[interval][{end}]:.3f}}" for end in (0, 1))
+            ends = " to ".join(f"{{{place}[difference_interval][{end}]:+.3f}}" for end in (0, 1))
+            cells.append(f"{{{place}[strict]:.3f}} ({low} to {high})" + (f", {ends}" if name != "base" else ""))
+        yield f"| {name} | {cells[0]} | {cells[1]} |"
+
+    for shown, name in (("base", "base"), ("round 4", "round-04"), ("last", "round-08"), ("average", "average")):
+        place = f"ability[{name}]"
+        ends = " to ".join(f"{{{place}[sums_interval][{end}]:.2f}}" for end in (0, 1))
+        yield f"| {shown} | {{{place}[perplexity]:.1f}} | {{{place}[sums]:.2f}} ({ends}) |"
+
+
+JUDGED = "docs/runs/smollm2-judge"
+
+
+def read_people():
+    report = load(f"{JUDGED}/report.json")
+    return {"people": {name.removeprefix("LLMBar, "): judges for name, judges in report.items()}}
+
+
+def people_rows():
+    for name in ("PandaLM, held out", "Natural", "Neighbor", "GPTInst", "GPTOut", "Manual"):
+        learned = f"{name}][learned"
+        ends = " to ".join(f"{{people[{learned}][accuracy_interval][{end}]:.3f}}" for end in (0, 1))
+        cells = [f"{{people[{learned}][pairs]:.0f}}", f"{{people[{learned}][accuracy]:.3f}} ({ends})"]
+        cells += [f"{{people[{learned}][expected_calibration_error]:.3f}}", f"{{people[{name}][longer wins][accuracy]:.3f}}"]
+        cells += [f"{{people[{learned}][longer_rate]:.3f}}", f"{{people[{learned}][longer_rate_of_labels]:.3f}}"]
+        yield f"| {name if name[0] == 'P' else 'LLMBar, ' + name} | " + " | ".join(cells) + " |"
+
+
 def real_rows():
+    yield from seed_rows()
+    yield from other_rows()
     policies = ["base", *(f"round {i}" for i in range(1, 9)), "average"]
     for set_name in ("topics", "kinds"):
         for name in policies:
@@ -627,6 +693,12 @@ SOURCES = {
             ],
             REAL: [*real_rows()],
         },
+        shipped=True,
+    ),
+    "people": Source(
+        f"python -m real.judge --pandalm {SHARED}/pandalm/pairs.jsonl --llmbar {SHARED}/llmbar/pairs.jsonl",
+        read_people,
+        {f"{JUDGED}/README.md": [*people_rows()]},
         shipped=True,
     ),
 }

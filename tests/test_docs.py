@@ -60,6 +60,11 @@ NOT_RUN = {  # the beginning of a command: why no test runs it
     "awk": "the votes are not shipped",
     "python -m toy.stories": "needs a model that writes stories; tests/test_stories.py",
     "python -m toy.text_game build": "half a minute of training; tests/test_text_game.py",
+    "python -m real.instructions": "half an hour; tests/test_instructions.py runs it on a tiny model",
+    "python -m real.ifeval": "needs the real model; tests/test_ability.py runs it on a tiny one",
+    "python -m real.ability": "needs the real model; tests/test_ability.py runs it on a tiny one",
+    "python -m real.judge": "an hour; tests/test_real_judge.py runs it on a tiny model",
+    "python benchmarks/score_ifeval.py": "needs lm_eval; tests/test_ability.py",
     "python benchmarks/gpu.py": "needs a GPU; tests/test_gpu_benchmark.py runs it on a CPU",
     "torchrun": "needs eight GPUs; tests/test_distributed.py has two and three processes",
     "python -m toy.debug --rounds 1 --loss hinge": "after an edit; tests/test_change_one_thing.py makes it",
@@ -303,5 +308,5 @@ def sections(path):
 
 def test_the_pages_show_every_figure():
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", "".join(TEXT.values()))
-    figures = {path.name for path in (ROOT / "figures").iterdir()} | {"side_by_side.png", "measure.png"}
+    figures = {path.name for path in (ROOT / "figures").iterdir()} | {"side_by_side.png", "measure.png", "report.png"}
     assert {Path(path).name for path in shown} == figures

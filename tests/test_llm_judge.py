@@ -98,12 +98,10 @@ class Model:
             self.bodies.append(body)
             self.headers.append(dict(handler.headers))
         time.sleep(self.delay)
-        try:
-            assert handler.path == "/v1/chat/completions"
-            fault(handler) if fault else self.reply(handler, body)
-        finally:
-            with self.lock:
-                self.busy -= 1
+        with self.lock:  # before the reply, after which the next question may come at once
+            self.busy -= 1
+        assert handler.path == "/v1/chat/completions"
+        fault(handler) if fault else self.reply(handler, body)
 
     def reply(self, handler, body):
         question = tuple(texts_of(body))

@@ -82,7 +82,9 @@ def screen(code):
     """(exit code, the lines of the screen that a program leaves), on a terminal of its own."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Other tests import libraries that switch all of tqdm's bars off, by its variables.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     said = b""
