@@ -233,7 +233,8 @@ def pad_responses(prompts: list, responses: list, device=None) -> tuple[Tensor, 
 def text_field(row: dict, key: str, where: str, scalars: bool = False) -> str:
     """row[key], a string; with `scalars` a number or truth value too, as its JSON text."""
     value = row.get(key)
-    if scalars and isinstance(value, (bool, int, float)):
+    # NaN and infinity, which Python reads, are not JSON.
+    if scalars and isinstance(value, (bool, int, float)) and value - value == 0:
         return json.dumps(value)
     if not isinstance(value, str):
         found = json.dumps(value)[:60] if key in row else "nothing"

@@ -260,8 +260,9 @@ class RecordedGame:
         path = self.folder / "policy"
         saver = Saver(self.folder, self.config.save_minutes)
         if self.finished("policy", path):
+            self.check_policy(path)
             load_weights(self.game.policy, path)
-            steps = [row for _, row in read_lines(path / "steps.jsonl")]
+            steps = read_steps(path / "steps.jsonl")
         else:
             # Several processes train the policy in shards. Afterwards each one reloads its whole
             # copy from the new checkpoint.
@@ -271,6 +272,11 @@ class RecordedGame:
         # Also where the fit was finished: a process may have died between the two.
         saver.forget()
         return steps
+
+    def check_policy(self, path: Path) -> None:
+        """What nothing reads after the last round must be whole as well."""
+        type(self.game.policy.config).from_json(path / "config.json")
+        type(self.game.tokenizer)(path)
 
     def play_fit(self, path, saver, data, config, generator):
         """Fit, step by step, and write the checkpoint of π_{t+1}."""
@@ -393,6 +399,22 @@ def read_responses(path: Path, prompts: list, samples: int, vocab_size: int) -> 
             expected = f"expected {samples} lists of token ids below {vocab_size}"
             raise ValueError(f"{path}, line {number}: tokens, {expected}; {AGAIN}")
     return [row["tokens"] for row in rows]
+
+
+STEP = ("loss", "mean_squared_target", "best_log_ratio", "worst_log_ratio", "gradient_norm", "lr")
+
+
+def read_steps(path: Path) -> list[dict]:
+    """The numbers of each optimizer step, as fit has yielded them."""
+    rows = []
+    for where, row in read_lines(path):
+        for name in STEP:
+            value = row.get(name)
+            if type(value) not in (int, float) or not math.isfinite(value):
+                found = f"{name} is {value!r}, expected a number"
+                raise ValueError(f"{where}: {found}; delete {path.parent} to compute it again")
+        rows.append(row)
+    return rows
 
 
 def read_tensor(path: Path, name: str, shape: tuple) -> torch.Tensor:

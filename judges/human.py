@@ -32,6 +32,8 @@ class Human(Judge):
         self.ask = ask
         self.known = {}  # (prompt, first, second): P(first beats second)
         self.rows = []  # of the votes file
+        if self.path.exists() and not self.path.is_file():
+            raise ValueError(f"{self.path}: expected a file of votes, found a folder or a device")
         hold(self.path)  # two processes would write over each other's votes
 
         if self.path.exists() and self.path.stat().st_size:

@@ -47,7 +47,7 @@ NOT_RUN = {  # the beginning of a command: why no test runs it
     "python -m toy.judges": "under a minute; tests/test_judges.py",
     "python -m toy.relatives": "under a minute; tests/test_relatives.py",
     "python -m toy.arrival": "under a minute; tests/test_arrival.py",
-    "make attack": "20 minutes; tests/test_attack.py runs a share of it",
+    "make attack": "two minutes; tests/test_attack.py runs a share of it",
     "make numbers": "hours; tests/test_numbers.py compares the records with the pages",
     "python -m toy.social_choice": "its votes are not shipped; tests/test_social_choice.py",
     "export OPENAI_API_KEY=...": "it is a secret",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from attack.process import Process, Result
 from attack.world import Command, World, content
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 LONGEST_SENTENCE = 1000
 
@@ -138,7 +138,7 @@ class Case:
                 for line in lines:
                     self.require(finite(json.loads(line)), f"{path}: not finite: {line[:200]}")
             if path.endswith(".safetensors"):
-                broken = [name for name, tensor in load_file(self.place / path).items() if not all_finite(tensor)]
+                broken = [name for name, tensor in load(data).items() if not all_finite(tensor)]
                 self.require(not broken, f"{path}: not finite: {broken}")
 
 

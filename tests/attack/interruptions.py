@@ -137,7 +137,7 @@ def pairs(case) -> None:
 # ------------------------------------------------------------------------------------------------ resumes
 
 OTHER = dict(
-    seed=1, samples=2, eta=3, lr=1e-3, epochs=3, batch=2, rounds=3, select="best-worst", loss="centred", max_new_tokens=3,
+    seed=1, samples=2, eta=3, lr=1e-3, epochs=3, batch=2, rounds=1, select="best-worst", loss="centred", max_new_tokens=3,
     temperature=0.5,
     top_p=0.9, optimizer="rmsprop", clip=0.5, warmup=0.5, target="normalized", judge="judge", template="chat", dtype="bfloat16",
 )  # fmt: skip
