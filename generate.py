@@ -386,11 +386,11 @@ def generate(
     stop = (stop_token,) if isinstance(stop_token, int) else stop_token or ()
     pool = Pool(model, cache, rows, max_new_tokens, stop, temperature, top_p, record, journal)
 
-    open_ = sum(not response.tokens for row in responses for response in row)
+    pool.finished = sum(bool(response.tokens) for row in responses for response in row)
     if progress is not None:
-        progress.update(N * K - open_)
+        progress.update(pool.finished)
     waiting = prefilled(model, responses)
-    while pool.finished < open_:
+    while pool.finished < N * K:
         before = pool.finished
         pool.refill(waiting)
         pool.compact()

@@ -247,27 +247,28 @@ class TextGame(Game):
 
     def judge(self, prompts, responses):
         """The judge's tables (N, K, K); with --opponents M outside responses come after the K."""
+        pairs = distributed.my_share(self.pairs(len(prompts)))
         prompts = distributed.my_share(prompts)
         responses = distributed.my_share(responses)
         asked = [prompt.text for prompt in prompts]
         shown = [self.texts(*pair) for pair in zip(prompts, responses)]
         shown = [row + self.opponents.get(text, []) for text, row in zip(asked, shown)]
 
+        question = self.judge_model, asked, shown, self.config.judge
         how = dict(progress=self.progress, journal=self.journal)
-        if self.config.compare:
-            return self.compare(asked, shown, how)
-        tables = judge_in_batches(self.judge_model, asked, shown, self.config.judge, **how)
-        return torch.cat(distributed.all_gather(list(tables)))
+        if pairs:
+            return torch.stack(distributed.all_gather(list(compare(*question, pairs, **how))))
+        return torch.cat(distributed.all_gather(list(judge_in_batches(*question, **how))))
 
-    def compare(self, asked, shown, how):
-        """Tables (N, K, K) of which the judge has seen some pairs only."""
+    def pairs(self, prompts: int) -> list[list[tuple[int, int]]]:
+        """Which pairs the judge sees of each prompt, with --compare; drawn for all prompts, so that
+        a process's share is what one process would ask.
+        """
         config = self.config
+        if not config.compare:
+            return []
         generator = self.generator(stage=3)
-        count = distributed.all_gather(asked)  # the pairs of all, so that a share is as one's own
-        pairs = [draw_pairs(config.samples, config.compare, generator) for _ in count]
-        pairs = distributed.my_share(pairs)
-        tables = compare(self.judge_model, asked, shown, config.judge, pairs, **how)
-        return torch.stack(distributed.all_gather(list(tables)))
+        return [draw_pairs(config.samples, config.compare, generator) for _ in range(prompts)]
 
     def texts(self, prompt: Prompt, responses: list) -> list[str]:
         read = self.tokenizer.response_text

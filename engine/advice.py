@@ -2,7 +2,7 @@
 much, and prints like success.
 """
 
-from pathlib import Path
+from engine.run_folder import round_folder
 
 FEW_STEPS = 10
 LITTLE = 1e-5  # of learning rates, added up over a round: about as far as a weight can go
@@ -45,5 +45,5 @@ def advice(summary: dict, steps: list[dict]) -> dict[str, str]:
 
 def written(out: str, rounds: int) -> str:
     """What a finished run has left, for its last line."""
-    last = Path(out) / f"round-{rounds:02d}" / "policy"
+    last = round_folder(out, rounds) / "policy"
     return f"{out}: metrics.jsonl, timings.jsonl, curves.png; the last policy is {last}"

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-
 from engine.files import remove
 from engine.progress import tqdm
 from engine.terminal import visible

@@ -120,12 +120,16 @@ def claim(
             continue
         before = old.get(name)
         now = settings.get(name)
-        if name in grows and now > before:
-            write_json(path, read_json(path) | {name: now})
-        elif name not in free and now != before:
+        larger = name in grows and now > before
+        if name not in free and now != before and not larger:
             differs = f"this run was started with {flag(name)} {before}, now it is {now}"
             remedy = "give the same settings to continue it, or another --out"
             raise ValueError(f"{path}: {differs}; {remedy}")
+
+    # Only now: a command that is refused changes nothing.
+    grown = {name: settings[name] for name in grows if settings[name] > old[name]}
+    if grown:
+        write_json(path, read_json(path) | grown)
 
 
 class Metrics:
@@ -138,8 +142,10 @@ class Metrics:
     def __init__(self, path: Path):
         self.path = path
         self.lines = []
+        self.played = None  # the round of the last step that was made here, and not read
 
     def step(self, number: int, step: dict) -> None:
+        self.played = number
         if is_main():
             append_line(self.path, {"round": number} | step)
 
@@ -147,7 +153,7 @@ class Metrics:
         self.lines += [{"round": number} | step for step in steps]
         self.lines.append(summary)
         # A finished round that is read again must not take away what later ones have written.
-        if is_main() and not self.is_followed_by_later(number):
+        if is_main() and (self.played == number or not self.is_followed_by_later(number)):
             write_lines(self.path, self.lines)
 
     def is_followed_by_later(self, number: int) -> bool:
@@ -260,7 +266,8 @@ class RecordedGame:
         path = self.folder / "policy"
         saver = Saver(self.folder, self.config.save_minutes)
         if self.finished("policy", path):
-            self.check_policy(path)
+            if self.game.number == self.config.rounds:
+                self.check_policy(path)
             load_weights(self.game.policy, path)
             steps = read_steps(path / "steps.jsonl")
         else:
@@ -274,7 +281,7 @@ class RecordedGame:
         return steps
 
     def check_policy(self, path: Path) -> None:
-        """What nothing reads after the last round must be whole as well."""
+        """The last policy, of which no later round has the fingerprint, must be whole as well."""
         type(self.game.policy.config).from_json(path / "config.json")
         type(self.game.tokenizer)(path)
 

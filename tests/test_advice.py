@@ -76,3 +76,11 @@ def test_where_rounds_share_the_prompts_out_their_number_stays(world, tmp_path):
     train.run(tiny_settings(world, tmp_path / "run", rounds=1, **settings))
     with pytest.raises(ValueError, match="started with --rounds 1, now it is 2"):
         train.run(tiny_settings(world, tmp_path / "run", rounds=2, **settings))
+
+
+def test_a_longer_run_that_is_refused_for_something_else_is_not_made_longer(world, tmp_path):
+    tiny_run(world, tmp_path / "run", rounds=1)
+    before = (tmp_path / "run/config.json").read_bytes()
+    with pytest.raises(ValueError, match="--eta"):
+        tiny_run(world, tmp_path / "run", rounds=2, eta=5.0)
+    assert (tmp_path / "run/config.json").read_bytes() == before
