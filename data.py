@@ -210,10 +210,9 @@ def prepare_prompts(
 
 def pad(rows: list[list[int]], device=None) -> Tensor:
     """Token lists -> (B, T) ids, padded with 0 on the right, where a causal model never looks."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    return tokens.to(device)
+    width = max(map(len, rows))
+    padded = [row + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device)
 
 
 def pad_responses(prompts: list, responses: list, device=None) -> tuple[Tensor, Tensor]:
@@ -224,6 +223,70 @@ def pad_responses(prompts: list, responses: list, device=None) -> tuple[Tensor, 
     position = torch.arange(tokens.shape[1])
     mask = (start <= position) & (position < end)
     return tokens.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences that share beginnings, as one row of N tokens in which a beginning stands once.
+
+    All of a transformer but attention works token by token, so it needs neither copies of a prompt
+    nor padding. In attention, line l of `queries` (L, T) attends to line l of `keys` (L, S); both
+    are places in the row.
+    """
+
+    tokens: Tensor  # (1, N)
+    position: Tensor  # (1, N), each in its own sequence
+    queries: Tensor  # (L, T): a line for each prompt and response, padded with 0
+    keys: Tensor  # (L, S): the same, after a response's prompt
+    query_position: Tensor  # (L, T)
+    key_position: Tensor  # (L, S); in padding after all queries
+    place: Tensor  # (N,): where in the queries, line after line, a token is
+
+
+def pack(prompts: list, responses: list, device=None) -> tuple[Pack, Tensor, Tensor, Tensor]:
+    """b prompts with S responses each -> a Pack of them, and three tensors (b * S, 1 + R).
+
+    These begin with a prompt's last token, response after response: places in the Pack, tokens, and
+    a mask, True on the response. A response's last token predicts nothing, so it is not computed.
+    """
+    tokens, position, queries, keys = [], [], [], []
+    places, written = [], []
+    for prompt, row in zip(prompts, responses, strict=True):
+        shared = list(range(len(tokens), len(tokens) + len(prompt)))
+        tokens += prompt
+        position += range(len(prompt))
+        queries.append(shared)
+        keys.append(shared)
+
+        for response in row:
+            own = list(range(len(tokens), len(tokens) + len(response) - 1))
+            tokens += response[:-1]
+            position += range(len(prompt), len(prompt) + len(own))
+            places.append([shared[-1], *own, 0])
+            written.append([prompt[-1], *response])
+            if own:
+                queries.append(own)
+                keys.append(shared + own)
+
+    tokens = torch.tensor([tokens])
+    position = torch.tensor([position])
+    query = pad(queries)
+    key = pad(keys)
+    key_position = position[0, key].masked_fill(~filled(keys), tokens.shape[1])
+    # The lines hold every place once, in order: filled ones are those of tokens 0, 1, 2, ...
+    place = filled(queries).flatten().nonzero().flatten()
+
+    table = (tokens, position, query, key, position[0, query], key_position, place)
+    mask = filled(written)
+    mask[:, 0] = False
+    rest = (pad(places), pad(written), mask)
+    return Pack(*(part.to(device) for part in table)), *(part.to(device) for part in rest)
+
+
+def filled(rows: list[list[int]]) -> Tensor:
+    """(B, T) bool, False where pad would pad."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return torch.arange(max(map(len, rows))) < lengths[:, None]
 
 
 # ------------------------------------------------------------------------ files

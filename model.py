@@ -2,7 +2,7 @@
 
 Modules are named like the tensors of a Hugging Face checkpoint, so that loading is a copy by name.
 Read the network from `Transformer` up to `Attention`. Shapes: B rows, T tokens, S cached positions,
-V vocabulary, D width, H query heads, G key/value heads, Dh head size.
+V vocabulary, D width, H query heads, G key/value heads, Dh head size; in a Pack L lines, N tokens.
 """
 
 import dataclasses
@@ -194,6 +194,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
 
 
+def lines(x: Tensor, places: Tensor) -> Tensor:
+    """(1, heads, N, Dh) -> (L, heads, T, Dh), the tokens at `places` (L, T)."""
+    _, heads, N, size = x.shape
+    # A look-up in a table, because its gradient adds up in the same order on every device.
+    found = F.embedding(places, x.transpose(1, 2).reshape(N, -1))  # (L, T, heads * Dh)
+    return found.unflatten(-1, (heads, size)).transpose(1, 2)
+
+
+def seen(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """Positions (B, T) and (B, S) -> bool (B, 1, T, S): which keys a query attends to."""
+    distance = query[:, None, :, None] - key[:, None, None, :]
+    return (0 <= distance) if window is None else (0 <= distance) & (distance < window)
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share G key/value heads."""
 
@@ -213,7 +227,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, mask, layer_cache):
+    def forward(self, x, cos, sin, mask, layer_cache, pack=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, Dh)
@@ -226,6 +240,10 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if layer_cache is not None:
             k, v = layer_cache(k, v)  # (B, G, S, Dh): this row's past and present
+        if pack is not None:
+            q = lines(q, pack.queries)  # (L, H, T, Dh)
+            k = lines(k, pack.keys)  # (L, G, S, Dh)
+            v = lines(v, pack.keys)
 
         if T == 1:
             # The H/G heads of a group see the same keys. As the rows of one matrix they read each
@@ -236,6 +254,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
             ).transpose(1, 2)  # (B, T, H, Dh)
+
+        if pack is not None:
+            y = F.embedding(pack.place, y.reshape(pack.queries.numel(), -1))  # (N, H * Dh)
         return self.o_proj(y.reshape(B, T, -1))
 
 
@@ -260,8 +281,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, layer_cache):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, layer_cache)
+    def forward(self, x, cos, sin, mask, layer_cache, pack=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, layer_cache, pack)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -269,6 +290,7 @@ class Decoder(nn.Module):
     """Everything below the vocabulary: tokens (B, T) -> normalised hidden states (B, T, D).
 
     With a KVCache (generate.py) the tokens of a row come after those it has there, and are added.
+    A Pack (data.py) of N tokens gives hidden states (1, N, D).
     """
 
     def __init__(self, config: ModelConfig):
@@ -281,40 +303,51 @@ class Decoder(nn.Module):
         # If set, only each layer's input is kept for the backward pass, which runs it again.
         self.recompute = False
 
-    def forward(self, tokens: Tensor, cache=None) -> Tensor:
+    def forward(self, tokens, cache=None) -> Tensor:
         config = self.config
-        _, T = tokens.shape
-        S = T if cache is None else cache.size
-        position = torch.arange(T, device=tokens.device)[None]  # (1, T)
-        if cache is not None:
-            position = position + cache.length[:, None]  # (B, T)
+        pack = None
+        if isinstance(tokens, Tensor):
+            position, mask = self.positions(tokens, cache)
+        else:
+            pack = tokens
+            tokens = pack.tokens
+            position = pack.position
+            mask = seen(pack.query_position, pack.key_position, config.sliding_window)
         rope = (config.head_dim, config.rope_theta, config.rope_scaling)
         cos, sin = rotary_angles(position, *rope)
-
-        # Plain causal attention needs no mask: as many tokens as positions have no past.
-        mask = None
-        window = config.sliding_window or S
-        if T < S or window < S:
-            distance = position[:, None, :, None] - torch.arange(S, device=tokens.device)
-            mask = (0 <= distance) & (distance < window)  # (B, 1, T, S)
 
         x = self.embed_tokens(tokens)  # (B, T, D)
         for index, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 plain = dict(use_reentrant=False, preserve_rng_state=False)
-                x = checkpoint(layer, x, cos, sin, mask, None, **plain)
+                x = checkpoint(layer, x, cos, sin, mask, None, pack, **plain)
             else:
                 layer_cache = None if cache is None else cache.layer(index, position)
-                x = layer(x, cos, sin, mask, layer_cache)
+                x = layer(x, cos, sin, mask, layer_cache, pack)
         if cache is not None:
-            cache.length = cache.length + T
+            cache.length = cache.length + tokens.shape[1]
         return self.norm(x)
+
+    def positions(self, tokens: Tensor, cache) -> tuple[Tensor, Tensor | None]:
+        """Positions of tokens (B, T), those of all rows or (1, T), and the mask of attention."""
+        _, T = tokens.shape
+        S = T if cache is None else cache.size
+        position = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        if cache is not None:
+            position = position + cache.length[:, None]  # (B, T)
+
+        # Plain causal attention needs no mask: as many tokens as positions have no past.
+        window = self.config.sliding_window
+        if T == S and (window or S) >= S:
+            return position, None
+        return position, seen(position, torch.arange(S, device=tokens.device)[None], window)
 
 
 class Transformer(nn.Module):
     """Tokens (B, T) -> logits (B, T, V) of every position; the logits at t are for token t + 1.
 
     `output(hidden, head)` replaces the plain logits, head(hidden) of the hidden states (B, T, D).
+    A Pack of N tokens (data.py) counts as one row.
     """
 
     def __init__(self, config: ModelConfig):
@@ -330,7 +363,7 @@ class Transformer(nn.Module):
         weight = self.model.embed_tokens.weight if tied else self.lm_head.weight
         return F.linear(hidden, weight)
 
-    def forward(self, tokens: Tensor, output: Callable | None = None) -> Tensor:
+    def forward(self, tokens, output: Callable | None = None) -> Tensor:
         hidden = self.model(tokens)
         return self.head(hidden) if output is None else output(hidden, self.head)
 

@@ -29,7 +29,7 @@ from data import Tokenizer, prompt_text, read_outputs, read_prompts
 from engine.checkpoint import DTYPES
 from engine.command import exit_code, flag
 from engine.costs import GPUS, causal_flops, on_meta, pairrm_bytes, pairrm_flops, parameters
-from engine.costs import recomputing_bytes, saved_bytes, training_bytes
+from engine.costs import attended, recomputing_bytes, saved_bytes, training_bytes
 from engine.files import read_json
 from generate import PREFILL_TOKENS, pool_shape, position_bytes
 from judges.load import is_folder, split_spec
@@ -223,9 +223,13 @@ class Work:
         return DTYPES[self.config.judge_dtype or judge.config.dtype].itemsize
 
     def score(self, N: int) -> dict:
-        rows = N * self.selected
-        T = self.prompts["mean"] + self.response
-        return self.computed("score", rows * T, rows * causal_flops(self.policy, T), self.width)
+        # A prompt is computed once for all of its responses.
+        S = self.selected
+        prompt = self.prompts["mean"]
+        tokens = N * (prompt + S * self.response)
+        each = causal_flops(self.policy, prompt + self.response, prompt)
+        flops = N * (causal_flops(self.policy, prompt) + S * each)
+        return self.computed("score", tokens, flops, self.width)
 
     def fit(self, N: int) -> dict:
         # Forward as in score, forward once more to recompute, and backward, which is twice that.
@@ -256,10 +260,13 @@ class Work:
 
         # Scoring and fitting: a forward pass. Logits exist in float32 too, and so do the
         # log-probabilities that they become; in the fit the logits' gradients in both dtypes.
-        tokens = self.config.micro_batch * self.selected * self.positions
-        block = tokens * saved_bytes(sizes, self.width)
-        kept = recomputing_bytes(sizes, tokens, self.width)
-        logits = min(tokens, ASSUMED["chunk"]) * sizes.vocab_size
+        written = self.selected * self.config.max_new_tokens
+        tokens = self.config.micro_batch * (self.prompts["longest"] + written)
+        lines = self.config.micro_batch * (self.selected + 1) * self.positions
+        lines *= self.width * attended(sizes)
+        block = tokens * saved_bytes(sizes, self.width) + lines
+        kept = recomputing_bytes(sizes, tokens, self.width) + lines
+        logits = min(self.config.micro_batch * written, ASSUMED["chunk"]) * sizes.vocab_size
         trained = training_bytes(self.policy, self.gpus, self.width, self.held, self.state)
         fit = {"activations": kept, "logits": logits * (2 * self.width + 12)}
         return {

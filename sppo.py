@@ -279,8 +279,8 @@ class Game(ABC):
         """(N, S) log μ(y|x) of the responses under the reference policy (target regularized)."""
         raise ValueError("--target regularized: this game has no reference policy")
 
-    def longest(self, prompt, responses: list) -> int:
-        """Tokens of the longest of a prompt's S sequences (micro_tokens)."""
+    def tokens(self, prompt, responses: list) -> int:
+        """How many go through the network for a prompt and its S responses (micro_tokens)."""
         raise ValueError("--micro-tokens: this game does not know how long its responses are")
 
     def share(self, indices: Tensor) -> Tensor:
@@ -372,13 +372,15 @@ def micro_batches(game, prompts: list, responses: list, batch: Tensor, config) -
         return [part.tolist() for part in batch.split(config.micro_batch)]
 
     # Sorted by length, so that little is padding; a single prompt may be over the budget.
-    longest = {n: game.longest(prompts[n], responses[n]) for n in batch.tolist()}
+    tokens = {n: game.tokens(prompts[n], responses[n]) for n in batch.tolist()}
     parts = [[]]
-    for n in sorted(longest, key=longest.get):
-        tokens = (len(parts[-1]) + 1) * len(responses[n]) * longest[n]
-        if parts[-1] and tokens > config.micro_tokens:
+    used = 0
+    for n in sorted(tokens, key=tokens.get):
+        if parts[-1] and used + tokens[n] > config.micro_tokens:
             parts.append([])
+            used = 0
         parts[-1].append(n)
+        used += tokens[n]
     return parts
 
 

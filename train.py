@@ -17,13 +17,13 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data import Prompt, Tokenizer, outputs_for, pad_responses, prepare_prompts, read_prompts
+from data import Prompt, Tokenizer, outputs_for, pack, prepare_prompts, read_prompts
 from engine import distributed
 from engine.advice import advice, written
 from engine.checkpoint import DTYPES, check_device, load_weights
@@ -275,24 +275,25 @@ class TextGame(Game):
         return [read(prompt.ids, response, self.config.template) for response in responses]
 
     def logps(self, prompts, responses):
-        """(b, S) log π(y|x) of b prompts and S responses each, in one padded forward pass."""
-        pairs = [(p.ids, y) for p, row in zip(prompts, responses, strict=True) for y in row]
-        tokens, mask = pad_responses(*zip(*pairs), device=self.config.device)
+        """(b, S) log π(y|x) of b prompts and S responses each, in one forward pass."""
+        ids = [prompt.ids for prompt in prompts]
+        packed, places, tokens, mask = pack(ids, responses, self.config.device)
 
-        # 32,000 logits a token are most of the memory; of a small vocabulary chunks would only be
-        # slower.
-        if tokens.numel() * self.policy.config.vocab_size <= SMALL_LOGITS:
-            logps = sequence_logps(self.policy(tokens), tokens, mask)
-        else:
-            output = partial(chunked_logps, tokens=tokens, mask=mask)
-            logps = self.policy(tokens, output)
+        def output(hidden, head):
+            rows = F.embedding(places, hidden[0])  # (b * S, 1 + R, D)
+            # 32,000 logits a token are most of the memory; of a small vocabulary chunks would only
+            # be slower.
+            if tokens.numel() * self.policy.config.vocab_size <= SMALL_LOGITS:
+                return sequence_logps(head(rows), tokens, mask)
+            return chunked_logps(rows, head, tokens, mask)
 
+        logps = self.policy(packed, output)
         if self.progress is not None:
             self.progress.update(len(prompts))
         return logps.view(len(prompts), -1).cpu()
 
-    def longest(self, prompt, responses):
-        return len(prompt.ids) + max(map(len, responses))
+    def tokens(self, prompt, responses):
+        return len(prompt.ids) + sum(len(response) - 1 for response in responses)
 
     def previous(self, prompts, responses, win_rate):
         """Win rates (N, K) against as many responses of π_{t-1}; round 1 has none before it."""

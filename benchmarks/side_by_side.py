@@ -348,10 +348,13 @@ def their_trainer(bench, model, pairs, **how):
 
 
 def fit_floor(bench, pairs):
-    """Seconds: a scoring pass, a forward and twice a forward backwards, the head on responses only; weights once a pass."""
+    """Seconds: a scoring pass, a forward and twice a forward backwards, a prompt once for both responses, the head on responses
+    only; weights once a pass.
+    """
     config, model = bench.world.config, on_meta(Transformer, bench.world.config)
     head = 2 * config.hidden_size * config.vocab_size
-    flops = sum(causal_flops(model, len(p) + len(r)) - head * len(p) for p, *both in pairs for r in both)
+    prompts = sum(causal_flops(model, len(p)) - head * len(p) for p, *_ in pairs)
+    flops = prompts + sum(causal_flops(model, len(p) + len(r), len(p)) for p, *both in pairs for r in both)
     return bench.floor(4 * flops, 4 * 4 * parameters(model))
 
 

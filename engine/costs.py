@@ -71,6 +71,11 @@ def saved_bytes(config, width: int) -> int:
     return 8 * D + width * (4 * D + 2 * heads + 4 * config.intermediate_size)
 
 
+def attended(config) -> int:
+    """Numbers of a position in the lines of a Pack (data.py): its queries, keys and values."""
+    return (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+
+
 def recomputing_bytes(config, tokens: int, width: int) -> int:
     """Activations of so many tokens in the backward pass of a Decoder that recomputes.
 

@@ -171,7 +171,7 @@ def test_tokens_by_hand(folders):
     stages = result["stages"]
     assert stages["sample"]["tokens"] == pytest.approx(N * (p + 4 * 100))
     assert stages["judge"]["tokens"] == pytest.approx(N * 4 * 3 * (p + 3 + 2 * 103))
-    assert stages["score"]["tokens"] == pytest.approx(N * 2 * (p + 100))
+    assert stages["score"]["tokens"] == pytest.approx(N * (p + 2 * 100))  # a prompt once
     assert stages["fit"]["tokens"] == pytest.approx(2 * stages["score"]["tokens"])
     assert stages["fit"]["flops"] == pytest.approx(2 * 4 * stages["score"]["flops"])
     weights = multiplied(on_meta(Transformer, MISTRAL_7B))

@@ -570,12 +570,12 @@ def test_pair_losses_take_the_first_column_for_the_winner(loss):
 
 
 def test_micro_batches_hold_every_prompt_once_and_no_more_tokens_than_allowed():
-    """Padding counts: a micro-batch costs its sequences times the longest of them. One prompt alone may be over the budget."""
-    lengths = [5, 90, 7, 30, 31, 8, 200, 6]
-    game = SimpleNamespace(longest=lambda prompt, responses: lengths[prompt])
+    """One prompt alone may be over the budget."""
+    counts = [5, 90, 7, 30, 31, 8, 200, 6]
+    game = SimpleNamespace(tokens=lambda prompt, responses: counts[prompt])
     selected, batch = [[None, None]] * 8, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])
-    parts = micro_batches(game, list(range(8)), selected, batch, RoundConfig(micro_tokens=130))
+    parts = micro_batches(game, list(range(8)), selected, batch, RoundConfig(micro_tokens=65))
     assert sorted(n for part in parts for n in part) == list(range(8))
-    costs = [2 * len(part) * max(lengths[n] for n in part) for part in parts]
-    assert all(cost <= 130 or len(part) == 1 for cost, part in zip(costs, parts)) and len(parts) < 8
+    costs = [sum(counts[n] for n in part) for part in parts]
+    assert all(cost <= 65 or len(part) == 1 for cost, part in zip(costs, parts)) and len(parts) < 8
     assert [len(part) for part in micro_batches(game, list(range(8)), selected, batch, RoundConfig(micro_batch=3))] == [3, 3, 2]
