@@ -215,16 +215,6 @@ def pad(rows: list[list[int]], device=None) -> Tensor:
     return torch.tensor(padded, dtype=torch.long, device=device)
 
 
-def pad_responses(prompts: list, responses: list, device=None) -> tuple[Tensor, Tensor]:
-    """B prompts and responses, as ids -> tokens (B, T), mask (B, T) bool, True on responses."""
-    tokens = pad([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-    start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    end = start + torch.tensor([len(response) for response in responses])[:, None]
-    position = torch.arange(tokens.shape[1])
-    mask = (start <= position) & (position < end)
-    return tokens.to(device), mask.to(device)
-
-
 @dataclass(frozen=True)
 class Pack:
     """Sequences that share beginnings, as one row of N tokens in which a beginning stands once.
@@ -236,34 +226,32 @@ class Pack:
 
     tokens: Tensor  # (1, N)
     position: Tensor  # (1, N), each in its own sequence
-    queries: Tensor  # (L, T): a line for each prompt and response, padded with 0
-    keys: Tensor  # (L, S): the same, after a response's prompt
+    queries: Tensor  # (L, T): a line for each prompt and continuation, padded with 0
+    keys: Tensor  # (L, S): the same, a continuation after its prompt
     query_position: Tensor  # (L, T)
     key_position: Tensor  # (L, S); in padding after all queries
     place: Tensor  # (N,): where in the queries, line after line, a token is
 
 
-def pack(prompts: list, responses: list, device=None) -> tuple[Pack, Tensor, Tensor, Tensor]:
-    """b prompts with S responses each -> a Pack of them, and three tensors (b * S, 1 + R).
+def pack(prompts: list, continuations: list, device=None) -> tuple[Pack, Tensor]:
+    """b prompts, each with any number of continuations, all as ids -> a Pack of them, and places.
 
-    These begin with a prompt's last token, response after response: places in the Pack, tokens, and
-    a mask, True on the response. A response's last token predicts nothing, so it is not computed.
+    places (C, 1 + R) has a line for each of the C continuations: where in the Pack the prompt's
+    last token is, and then its own. 0 is padding. A prompt has tokens, a continuation may be empty.
     """
-    tokens, position, queries, keys = [], [], [], []
-    places, written = [], []
-    for prompt, row in zip(prompts, responses, strict=True):
+    tokens, position, queries, keys, places = [], [], [], [], []
+    for prompt, row in zip(prompts, continuations, strict=True):
         shared = list(range(len(tokens), len(tokens) + len(prompt)))
         tokens += prompt
         position += range(len(prompt))
         queries.append(shared)
         keys.append(shared)
 
-        for response in row:
-            own = list(range(len(tokens), len(tokens) + len(response) - 1))
-            tokens += response[:-1]
+        for continuation in row:
+            own = list(range(len(tokens), len(tokens) + len(continuation)))
+            tokens += continuation
             position += range(len(prompt), len(prompt) + len(own))
-            places.append([shared[-1], *own, 0])
-            written.append([prompt[-1], *response])
+            places.append([shared[-1], *own])
             if own:
                 queries.append(own)
                 keys.append(shared + own)
@@ -277,10 +265,7 @@ def pack(prompts: list, responses: list, device=None) -> tuple[Pack, Tensor, Ten
     place = filled(queries).flatten().nonzero().flatten()
 
     table = (tokens, position, query, key, position[0, query], key_position, place)
-    mask = filled(written)
-    mask[:, 0] = False
-    rest = (pad(places), pad(written), mask)
-    return Pack(*(part.to(device) for part in table)), *(part.to(device) for part in rest)
+    return Pack(*(part.to(device) for part in table)), pad(places, device)
 
 
 def filled(rows: list[list[int]]) -> Tensor:

@@ -1,4 +1,5 @@
-"""Sampling from a transformer: the key/value cache, and the pool of rows that decode together.
+"""Sampling from a transformer: the key/value cache, and the pool of rows that decode together; and
+log π of what was sampled.
 
 Read `generate` at the end first, then `Pool`. Shapes: N prompts, K responses each, R rows of the
 pool, T tokens, S cached positions, V vocabulary, G key/value heads, Dh head size.
@@ -14,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import TEMPLATES, pad
+from data import TEMPLATES, filled, pack, pad
 from engine.cuda_graph import Graph
 from engine.journal import NOTHING, Journal
-from sppo import setting
+from sppo import chunked_logps, sequence_logps, setting
 
 PREFILL_TOKENS = 2048  # of prompts that are computed together, padding included
 
@@ -402,3 +403,36 @@ def generate(
     if record:
         logps += [[response.logps for response in row] for row in responses]
     return [[response.tokens for response in row] for row in responses]
+
+
+# ------------------------------------------------------------------------ log-probabilities
+
+# Logits that are no more numbers than this exist all at once, others in chunks.
+SMALL_LOGITS = 2**23
+
+
+def response_logps(model: nn.Module, prompts: list, responses: list) -> Tensor:
+    """log π(y|x), with gradients, of b prompts with S responses each, as ids -> (b * S,) float32.
+
+    A prompt is computed once for all of its responses (data.pack).
+    """
+    device = next(model.parameters()).device
+    # A response's last token predicts nothing, so it is not computed.
+    packed, places = pack(prompts, [[y[:-1] for y in row] for row in responses], device)
+    places = F.pad(places, (0, 1))
+
+    # Before each response a place for the prompt's last token, which predicts the first one.
+    written = [[0, *response] for row in responses for response in row]
+    tokens = pad(written, device)
+    mask = filled(written).to(device)
+    mask[:, 0] = False
+
+    def output(hidden, head):
+        rows = F.embedding(places, hidden[0])  # (b * S, 1 + R, D)
+        # 32,000 logits a token are most of the memory; of a small vocabulary chunks would only be
+        # slower.
+        if tokens.numel() * model.config.vocab_size <= SMALL_LOGITS:
+            return sequence_logps(head(rows), tokens, mask)
+        return chunked_logps(rows, head, tokens, mask)
+
+    return model(packed, output)

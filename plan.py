@@ -197,16 +197,25 @@ class Work:
         )
 
     def judge(self, N: int, responses: int | None = None) -> dict:
-        """K(K - 1) rows with two responses each for PairRM, K with one for a PreferenceModel."""
+        """K(K - 1) rows with two responses each for PairRM; K of one for a PreferenceModel."""
         K = responses or self.config.samples + self.opponents
         m = self.config.compare
         costs = []
         for judge, ratio in zip(self.judges, self.prompts["judge_tokens"]):
             T = self.judged(judge, self.prompts["mean"] * ratio, self.response * ratio)
             pairs = isinstance(judge, PairRM)
-            rows = N * K * (m or (K - 1 if pairs else 1))  # each pair by itself, if some are asked
-            flops = pairrm_flops(judge, T) if pairs else causal_flops(judge, T)
-            costs.append(self.computed("judge", rows * T, rows * flops, self.judge_width(judge)))
+            if pairs:
+                rows = N * K * (m or K - 1)
+                tokens = rows * T
+                flops = rows * pairrm_flops(judge, T)
+            else:
+                # A prompt is read once for the responses that are asked about together.
+                rows = N * K * (m or 1)
+                asked = rows / (2 if m else K)
+                prompt = min(self.prompts["mean"] * ratio, T)
+                tokens = asked * prompt + rows * (T - prompt)
+                flops = asked * causal_flops(judge, prompt) + rows * causal_flops(judge, T, prompt)
+            costs.append(self.computed("judge", tokens, flops, self.judge_width(judge)))
         return add(*costs)
 
     def judged(self, judge: nn.Module, prompt: float, response: float) -> float:

@@ -13,13 +13,14 @@ import json
 import math
 import sys
 from dataclasses import dataclass, fields
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import TEMPLATES, Tokenizer, pad, read_pairs
+from data import TEMPLATES, Pack, Tokenizer, pack, read_pairs
 from engine.checkpoint import DTYPES, check_device, load_pretrained, load_weights, save_checkpoint
 from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.figures import BLUE, GREY, ORANGE, SKY, new_figure, write_figure
@@ -65,10 +66,9 @@ class PreferenceModel(nn.Module):
         self.scalar_head = nn.Linear(D, 1, bias=False) if scalar else None
         self.cyclic_head = nn.Linear(D, 2 * cyclic, bias=False) if cyclic else None
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Right-padded (B, T), lengths (B,) -> r (B,), v (B, 2k) in float32, of the last token."""
-        row = torch.arange(len(tokens), device=tokens.device)
-        last = self.model(tokens)[row, lengths - 1]  # (B, D)
+    def forward(self, tokens: Pack, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts and the places (B,) of their last tokens -> r (B,), v (B, 2k) in float32."""
+        last = F.embedding(ends, self.model(tokens)[0])  # (B, D)
 
         # An absent head counts as zeros.
         r = last.new_zeros(len(last)) if self.scalar_head is None else self.scalar_head(last)[:, 0]
@@ -76,10 +76,24 @@ class PreferenceModel(nn.Module):
         return r.float(), v.float()
 
     def read(self, texts: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        """(prompt, response) pairs -> r, v, with gradients."""
+        """(prompt, response) pairs -> r, v, with gradients; a prompt's beginning is read once."""
         rows = [self.judged_ids(prompt, response) for prompt, response in texts]
+        groups = {}
+        for index, (prompt, _) in enumerate(texts):
+            groups.setdefault((prompt, rows[index][0]), []).append(index)
+        groups = list(groups.values())
+        shared = [commonprefix([rows[i] for i in group]) for group in groups]
+        own = [[rows[i][len(ids) :] for i in group] for ids, group in zip(shared, groups)]
+
         device = self.model.embed_tokens.weight.device
-        return self(pad(rows, device), torch.tensor([len(row) for row in rows], device=device))
+        packed, places = pack(shared, own, device)
+        lengths = torch.tensor([len(ids) for row in own for ids in row], device=device)
+        ends = places.gather(1, lengths[:, None])[:, 0]
+        r, v = self(packed, ends)
+
+        # Back from group after group into the order of the texts.
+        place = torch.tensor([i for group in groups for i in group]).argsort().to(device)
+        return r[place], v[place]
 
     def judged_ids(self, prompt: str, response: str) -> list[int]:
         """The ids that the model reads: of a text that is too long its two ends."""
@@ -96,19 +110,15 @@ class PreferenceModel(nn.Module):
 
     @torch.no_grad()
     def preferences_many(self, prompts: list[str], responses: list, rows: int = 64) -> Tensor:
-        """N prompts, N lists of K responses -> (N, K, K); N × K forward rows, `rows` at a time."""
+        """N prompts, N lists of K responses -> (N, K, K); `rows` responses are read together."""
         K = len(responses[0])
         pairs = zip(prompts, responses, strict=True)
         texts = [(prompt, response) for prompt, row in pairs for response in row]
+        chunks = [texts[start : start + rows] for start in range(0, len(texts), rows)]
+        scores = [self.read(chunk) for chunk in chunks]
 
-        # Similar lengths go through the network together, so that little is padding.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]) + len(texts[i][1]))
-        chunks = [order[start : start + rows] for start in range(0, len(order), rows)]
-        scores = [self.read([texts[i] for i in chunk]) for chunk in chunks]
-
-        place = torch.tensor(order).argsort()  # of each text in the order of lengths
-        r = torch.cat([r for r, _ in scores])[place].view(-1, K)
-        v = torch.cat([v for _, v in scores])[place].view(*r.shape, -1)
+        r = torch.cat([r for r, _ in scores]).view(-1, K)
+        v = torch.cat([v for _, v in scores]).view(*r.shape, -1)
         return torch.sigmoid(preference_logits(r, v)).cpu()
 
     @classmethod

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data import Prompt, Tokenizer, outputs_for, pack, prepare_prompts, read_prompts
+from data import Prompt, Tokenizer, outputs_for, prepare_prompts, read_prompts
 from engine import distributed
 from engine.advice import advice, written
 from engine.checkpoint import DTYPES, check_device, load_weights
@@ -43,7 +42,7 @@ from engine.run_folder import (
     round_folder,
 )
 from engine.trace import TracedGame
-from generate import SamplingConfig, draw_seeds, generate
+from generate import SamplingConfig, draw_seeds, generate, response_logps
 from judges.base import judge_in_batches
 from judges.budget import compare, draw_pairs
 from judges.load import judge_fingerprint, load_judge, probe
@@ -53,10 +52,8 @@ from sppo import (
     Game,
     RoundConfig,
     centred,
-    chunked_logps,
     micro_batches,
     row_losses,
-    sequence_logps,
     setting,
     sppo_round,
 )
@@ -201,9 +198,6 @@ def check_compare(config: TrainConfig) -> None:
 
 # ------------------------------------------------------------------------ the game
 
-# A batch whose logits are no more numbers than this is scored in one piece, a larger one in chunks.
-SMALL_LOGITS = 2**23
-
 
 class TextGame(Game):
     """Round `number` of a text policy: responses are texts, and the judge reads them.
@@ -276,18 +270,7 @@ class TextGame(Game):
 
     def logps(self, prompts, responses):
         """(b, S) log π(y|x) of b prompts and S responses each, in one forward pass."""
-        ids = [prompt.ids for prompt in prompts]
-        packed, places, tokens, mask = pack(ids, responses, self.config.device)
-
-        def output(hidden, head):
-            rows = F.embedding(places, hidden[0])  # (b * S, 1 + R, D)
-            # 32,000 logits a token are most of the memory; of a small vocabulary chunks would only
-            # be slower.
-            if tokens.numel() * self.policy.config.vocab_size <= SMALL_LOGITS:
-                return sequence_logps(head(rows), tokens, mask)
-            return chunked_logps(rows, head, tokens, mask)
-
-        logps = self.policy(packed, output)
+        logps = response_logps(self.policy, [prompt.ids for prompt in prompts], responses)
         if self.progress is not None:
             self.progress.update(len(prompts))
         return logps.view(len(prompts), -1).cpu()

@@ -45,7 +45,6 @@ from data import (
     Prompt,
     Tokenizer,
     outputs_for,
-    pad_responses,
     prepare_prompts,
     prompt_text,
     read_pairs,
@@ -69,11 +68,11 @@ from engine.run_folder import Saver, claim, round_policies, template_of
 from evaluate import judge_report
 from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
-from generate import SamplingConfig, generate
+from generate import SamplingConfig, generate, response_logps
 from judges.base import judge_in_batches
 from judges.load import judge_fingerprint, load_judge
 from model import Transformer
-from sppo import optimizer_step, sequence_logps, setting, win_rates
+from sppo import optimizer_step, setting, win_rates
 
 JUDGE = "checkpoint folder of a judge, module:function, ... (judges/load.py)"
 JUDGED_TOGETHER = 16  # prompts, each with all responses of all policies that are compared
@@ -505,8 +504,9 @@ def fit_to(
     with saver, bar:
         for step in range(done, len(batches)):
             texts = [rows[i] for i in batches[step].tolist()]
-            tokens, mask = pad_responses(*zip(*texts), device=args.device)
-            loss = -sequence_logps(policy(tokens), tokens, mask).mean()
+            prompts = [prompt for prompt, _ in texts]
+            responses = [[response] for _, response in texts]
+            loss = -response_logps(policy, prompts, responses).mean()
             loss.backward()
 
             # The log-probability of a response is a sum over its tokens, so the gradients are

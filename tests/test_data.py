@@ -4,9 +4,8 @@ import json
 import shutil
 
 import pytest
-import torch
 
-from data import Tokenizer, merge_neighbours, pad_responses, prompt_text, read_pairs, read_prompts
+from data import Tokenizer, merge_neighbours, prompt_text, read_pairs, read_prompts
 from engine.files import read_lines, atomic_write, write_lines
 from toy.text_game import write_tokenizer
 
@@ -295,21 +294,6 @@ def test_lines_survive_writing_and_reading(tmp_path):
     rows = [{"text": "naïve \u2028 «»\n", "tokens": [1, 2]}, {"text": "😀", "tokens": []}]
     write_lines(tmp_path / "rows.jsonl", rows)
     assert [row for _, row in read_lines(tmp_path / "rows.jsonl")] == rows
-
-
-# ------------------------------------------------------------------------------------------------ padding
-
-
-def test_padding_and_mask_by_hand():
-    tokens, mask = pad_responses([[1, 5], [1, 5, 6]], [[7, 8, 2], [2]])
-    assert tokens.tolist() == [[1, 5, 7, 8, 2], [1, 5, 6, 2, 0]]
-    assert mask.int().tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 1, 0]]
-    assert mask.dtype == torch.bool
-
-
-def test_padding_refuses_a_prompt_without_response():
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        pad_responses([[1], [2]], [[3]])
 
 
 # ------------------------------------------------------------------------------------------------ writing whole

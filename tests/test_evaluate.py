@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import tiny_run
 
-from data import Prompt, Tokenizer, pad_responses
+from data import Prompt, Tokenizer
 from evaluate import __main__ as evaluate
 from evaluate.__main__ import Sampler, bootstrap, checkpoints, generator_of
 from model import Transformer
-from sppo import sequence_logps
+from generate import response_logps
 from toy.debug import build_debugging
 from toy.text_game import SUMS, class_shares, payoff
 
@@ -118,8 +118,7 @@ def test_distilled_model_gives_the_mixtures_samples_more_probability_than_the_la
         policy = Transformer.from_pretrained(folder)
         total = 0.0
         for prompt, row in zip(ready, fresh):
-            tokens, mask = pad_responses([prompt.ids] * len(row), row)
-            total += sequence_logps(policy(tokens), tokens, mask).sum().item()
+            total += response_logps(policy, [prompt.ids], [row]).sum().item()
         return total / 400
 
     assert log_likelihood(tmp_path / "one") > log_likelihood(checkpoints(played)[-1])

@@ -46,7 +46,7 @@ def test_a_shared_prompt_gives_the_log_probs_and_gradients_of_sequences_computed
     policy.save_pretrained(tmp_path / "policy")
     expected, theirs = alone(tmp_path / "policy")
 
-    monkeypatch.setattr("train.SMALL_LOGITS", limit)
+    monkeypatch.setattr("generate.SMALL_LOGITS", limit)
     policy.model.recompute = recompute
     game = TextGame(TrainConfig(), policy, None, None, 1)
     logps = game.logps([Prompt("", ids) for ids in PROMPTS], RESPONSES)
@@ -60,7 +60,7 @@ def test_a_shared_prompt_gives_the_log_probs_and_gradients_of_sequences_computed
 
 def test_a_pack_has_a_prompt_once_and_no_last_tokens():
     """So many tokens, P + Σ (R - 1), go through the network, and --micro-tokens counts them so."""
-    packed, *_ = pack(PROMPTS, RESPONSES)
+    packed, _ = pack(PROMPTS, [[response[:-1] for response in row] for row in RESPONSES])
     expected = sum(map(len, PROMPTS)) + sum(len(response) - 1 for row in RESPONSES for response in row)
     assert packed.tokens.shape == packed.position.shape == (1, expected)
 
@@ -77,7 +77,7 @@ def test_the_shortest_prompt_and_response_that_can_be(size):
     game = TextGame(TrainConfig(), policy, None, None, 1)
     logps = game.logps([Prompt("", ids) for ids in prompts], responses)
     expected = policy(torch.tensor([[1]])).log_softmax(-1)[0, 0, 2]
-    torch.testing.assert_close(logps, expected.expand(size, 1))
+    assert torch.allclose(logps, expected.expand(size, 1))
 
 
 def test_what_one_response_says_changes_no_other():
@@ -92,3 +92,14 @@ def test_what_one_response_says_changes_no_other():
     same[2, 1] = False
     assert torch.equal(before[same], after[same])
     assert before[2, 1] != after[2, 1]
+
+
+def test_a_pack_by_hand():
+    """Two prompts, with two continuations and an empty one: nine tokens, no copy, no padding."""
+    packed, places = pack([[1, 5], [7]], [[[8, 9], [4]], [[]]])
+    assert packed.tokens.tolist() == [[1, 5, 8, 9, 4, 7]]
+    assert packed.position.tolist() == [[0, 1, 2, 3, 2, 0]]
+    assert packed.queries.tolist() == [[0, 1], [2, 3], [4, 0], [5, 0]]
+    assert packed.keys.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3], [0, 1, 4, 0], [5, 0, 0, 0]]
+    assert places.tolist() == [[1, 2, 3], [1, 4, 0], [5, 0, 0]]
+    assert packed.place.tolist() == [0, 1, 2, 3, 4, 6]

@@ -153,6 +153,16 @@ def test_order_of_responses_only_permutes_the_table(backbone):
     assert torch.allclose(preferences(judge, texts), P[order][:, order], atol=1e-6)
 
 
+def test_texts_of_several_prompts_in_any_order_are_read_as_if_alone(backbone):
+    """Those of one prompt are read together; two of them are equal, one is the beginning of another."""
+    judge = PreferenceModel.from_backbone(backbone, torch.Generator().manual_seed(0), cyclic=2, template="plain")
+    texts = [("3+4=", "7!"), ("5+5=", "10."), ("3+4=", "7!."), ("5+5=", "10."), ("3+4=", "8"), ("3+4=", "")]
+    together = torch.cat([part.view(6, -1) for part in judge.read(texts)], 1)
+    alone = torch.cat([torch.cat([part.view(1, -1) for part in judge.read([text])], 1) for text in texts])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert (together[0] - together[2]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_saved_judge_has_identical_preferences(backbone, tmp_path, heads):
     judge = make(backbone, heads)

@@ -9,12 +9,13 @@ import torch
 from conftest import tiny_run
 from PIL import Image
 
-from data import Tokenizer, pad_responses, read_pairs
+from data import Tokenizer, read_pairs
 from evaluate.judge_report import report
 from judges.load import load_judge
 from model import Transformer, initialize
-from sppo import sequence_logps, win_rates
+from sppo import win_rates
 from toy import text_game
+from generate import response_logps
 from toy.debug import build_debugging
 from toy.text_game import (
     CLASSES, STRENGTHS, SUMS, class_shares, classify, describe, draw_film, draw_pairs, measure,
@@ -124,10 +125,8 @@ def test_class_shares_equal_the_enumeration_of_all_token_sequences(world, model,
     assert len(bodies) == 1 + 17 + 17**2 + 17**3
 
     responses = [body + [tokenizer.eos] for body in bodies]
-    prompts = [tokenizer.prompt_ids(prompt, "plain")] * len(responses)
     with torch.no_grad():
-        tokens, mask = pad_responses(prompts, responses)
-        probability = sequence_logps(model(tokens), tokens, mask).double().exp()
+        probability = response_logps(model, [tokenizer.prompt_ids(prompt, "plain")], [responses]).double().exp()
 
     kinds = [6 if {0, 1} & set(body) else classify(prompt, tokenizer.decode(body)) for body in bodies]
     exact = torch.zeros(7, dtype=torch.float64).index_add_(0, torch.tensor(kinds), probability)

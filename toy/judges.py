@@ -331,7 +331,7 @@ def count_rows(judge, prompt: str, responses: list[str]) -> int:
     """Rows that go through the judge's network to compare the responses."""
     # The network is called once a batch of rows.
     rows = []
-    handle = judge.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    handle = judge.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[1])))
     judge.preferences_many([prompt], [responses])
     handle.remove()
     return sum(rows)

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from data import Tokenizer, pad_responses
+from data import Tokenizer
 from engine.command import Parser, exit_code
 from engine.figures import (
     BLUE,
@@ -50,9 +50,8 @@ from engine.figures import (
 from engine.files import write_json, write_lines
 from engine.progress import tqdm
 from engine.run_folder import policy_folder
-from generate import generate
+from generate import generate, response_logps
 from model import Transformer
-from sppo import sequence_logps
 from toy.games import cycle, exploitability
 from train import TrainConfig, run
 
@@ -143,9 +142,8 @@ def log_likelihood(policy: Transformer, prompts: list, responses: list) -> float
     total = 0.0
     count = 0
     for ids, row in zip(prompts, responses, strict=True):
-        tokens, mask = pad_responses([ids] * len(row), row)
-        total += sequence_logps(policy(tokens), tokens, mask).sum().item()
-        count += mask.sum().item()
+        total += response_logps(policy, [ids], [row]).sum().item()
+        count += sum(map(len, row))
     return total / count
 
 

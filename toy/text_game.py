@@ -32,16 +32,16 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from data import Tokenizer, pad_responses, read_pairs
+from data import Tokenizer, read_pairs
 from engine.command import Parser, exit_code
 from engine.figures import BLUE, GREEN, ORANGE, label_ends, new_figure, whole_ticks, write_figure
 from engine.files import atomic_write, read_json, remove, write_json, write_lines
 from engine.progress import tqdm
 from engine.run_folder import round_policies
-from generate import KVCache
+from generate import KVCache, response_logps
 from model import ModelConfig, Transformer, initialize
 from prefmodel import PreferenceModel, train_preference_model
-from sppo import optimizer_step, sequence_logps
+from sppo import optimizer_step
 from toy.games import cycle, exploitability, nash
 from toy.lab import triangle
 
@@ -157,17 +157,19 @@ def train_base(model: Transformer, tokenizer, steps: int, batch: int, generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     shares = (0.7, 0.15, 0.15)
 
+    prompts = [tokenizer.prompt_ids(prompt, "plain") for prompt in SUMS]
     pool = []
-    for prompt in SUMS:
-        ids = tokenizer.prompt_ids(prompt, "plain")
+    for index, prompt in enumerate(SUMS):
         for _ in range(200):
             response = draw_response(prompt, 0.7, shares, 0.03, generator)
-            pool.append((ids, tokenizer.encode(response) + [tokenizer.eos]))
+            pool.append((index, tokenizer.encode(response) + [tokenizer.eos]))
 
     for step in tqdm(range(steps), desc="base policy", unit="step"):
         chosen = torch.randint(len(pool), (batch,), generator=generator).tolist()
-        tokens, mask = pad_responses(*zip(*[pool[i] for i in chosen]))
-        loss = -sequence_logps(model(tokens), tokens, mask).mean()
+        responses = [[] for _ in prompts]
+        for index, response in (pool[i] for i in chosen):
+            responses[index].append(response)
+        loss = -response_logps(model, prompts, responses).mean()
         loss.backward()
 
         # The gradient is not clipped; its norm is only checked to be finite.
