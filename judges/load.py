@@ -1,7 +1,8 @@
 """Build a judge from the value of --judge.
 
     DIR                                   a judge of `prefmodel.py train`, or a PairRM checkpoint
-    module:function  or  module:Class     a rule, an API: (prompt, responses) -> K × K numbers
+    module:function  or  module:Class     a rule, an API: (prompt, responses) -> K × K numbers;
+                                          mine.py in the working folder is the module `mine`
     llm:{"url": ..., "model": ...}        a language model behind an OpenAI-compatible server
     human:{"votes": "mine.jsonl"}         you, at the terminal
     ensemble:{"judges": [...], "weights": [0.8, 0.2]}     the weighted mean of other judges
@@ -13,11 +14,13 @@ colon. A new kind of judge is a file in this folder and a line in KINDS.
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -29,6 +32,7 @@ from judges.llm import LLM
 from judges.pairrm import PairRM
 from prefmodel import PreferenceModel
 
+PROJECT = Path(__file__).resolve().parent.parent
 KINDS = {"llm": LLM, "human": Human, "ensemble": Ensemble, "transitive": Transitive}
 
 
@@ -119,7 +123,8 @@ def judge_fingerprint(spec: str) -> str:
         arguments["judge"] = judge_fingerprint(arguments["judge"])
     if "judges" in arguments:
         arguments["judges"] = [judge_fingerprint(member) for member in arguments["judges"]]
-    source = getattr(sys.modules.get(module), "__file__", None)
+    loaded = sys.modules.get(module and loaded_as(module))
+    source = getattr(loaded, "__file__", None)
     made_of = json.dumps([name, arguments, fingerprint(source)], sort_keys=True)
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
@@ -142,11 +147,39 @@ def load_members(arguments: dict, spec: str, device, dtype, retries: int) -> dic
     return loaded
 
 
+def loaded_as(module: str) -> str:
+    """The name in sys.modules of the module that a judge names.
+
+    A file of the user's is there by its path: it may well be called data.py, as one of ours is.
+    """
+    file = Path(module.removesuffix(".py") + ".py").resolve()
+    if not file.is_file():
+        return module
+    return file.stem if file.parent == PROJECT else str(file)
+
+
+def load_module(name: str) -> ModuleType:
+    """The module of this name in sys.modules, loaded if it is not there."""
+    if name in sys.modules:
+        return sys.modules[name]
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+
+    recipe = importlib.util.spec_from_file_location(name, name)
+    module = sys.modules[name] = importlib.util.module_from_spec(recipe)
+    try:
+        recipe.loader.exec_module(module)
+    except BaseException:  # half a module is none
+        del sys.modules[name]
+        raise
+    return module
+
+
 def find(module: str, name: str, spec: str):
     """The object `name` of a module; the folder that the command is called from is searched too."""
     sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(load_module(loaded_as(module)), name)
     except (ImportError, AttributeError, TypeError, SyntaxError) as error:
         raise ValueError(f"judge {spec}: {error}") from None
     except (Exception, SystemExit) as error:

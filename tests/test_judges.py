@@ -11,14 +11,14 @@ from itertools import permutations
 import pytest
 import torch
 from children import content, flags
-from conftest import letters, tiny_settings
+from conftest import ROOT, letters, tiny_settings
 
 import train
 from engine.files import read_json, write_json
 from judges import base
 from judges.base import Ensemble, Judge, JudgeError, Retry, Rule, Transitive, asked, checked_tables, judge_in_batches
 from judges.human import Human
-from judges.load import is_folder, load_judge, probe
+from judges.load import find, is_folder, judge_fingerprint, load_judge, probe
 from toy import judges
 from toy.debug import build_debugging
 from toy.games import bradley_terry, cycle, nash, odd_cycle
@@ -318,6 +318,49 @@ def test_a_judge_that_ends_or_breaks_while_it_is_loaded_is_one_sentence(case, tm
     with pytest.raises(ValueError, match=rf"^judge {name}:judge: (SystemExit|KeyError: 'key') \({name}.py:\d in "):
         load_judge(f"{name}:judge")
     sys.modules.pop(name, None)
+
+
+SCORE = "import torch\n\nfrom helper import better\n\ndef score(prompt, responses):\n    return better(responses)\n"
+HELPER = "import torch\n\ndef better(responses):\n    return torch.full((len(responses),) * 2, 0.5)\n"
+
+
+@pytest.mark.parametrize("name", ["data", "model", "judges", "evaluate", "sppo", "random"])
+def test_a_rule_may_be_in_a_file_that_is_called_as_one_of_ours(name, tmp_path, monkeypatch):
+    """Or as one of Python's; ours stays what `import` finds, and the run knows what the rule's file was."""
+    import data
+
+    (tmp_path / f"{name}.py").write_text(SCORE)
+    (tmp_path / "helper.py").write_text(HELPER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "helper", raising=False)
+    before = sys.modules.get(name)
+    assert load_judge(f"{name}:score").preferences("p", ["a", "b"]).tolist() == [[0.5, 0.5]] * 2
+    assert sys.modules.get(name) is before and sys.modules["data"] is data
+
+    # Another file by that name, in another folder, is another judge.
+    known = judge_fingerprint(f"{name}:score")
+    (tmp_path / "other").mkdir()
+    (tmp_path / f"other/{name}.py").write_text(SCORE + "#")
+    monkeypatch.chdir(tmp_path / "other")
+    load_judge(f"{name}:score")
+    assert judge_fingerprint(f"{name}:score") != known
+
+
+@pytest.mark.parametrize("spec", ["rules/mine:score", "rules/mine.py:score", "./rules/mine.py:score"])
+def test_a_rule_may_be_named_by_its_path(spec, tmp_path, monkeypatch):
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules/mine.py").write_text(SCORE)
+    (tmp_path / "helper.py").write_text(HELPER)
+    monkeypatch.chdir(tmp_path)
+    assert load_judge(spec).preferences("p", ["a", "b"]).shape == (2, 2)
+
+
+def test_our_own_modules_are_loaded_once(monkeypatch):
+    """From the project's own folder, `data` is its data.py."""
+    import data
+
+    monkeypatch.chdir(ROOT)
+    assert find("data", "read_prompts", "data:read_prompts") is data.read_prompts
 
 
 def test_long_arguments_are_no_folder_and_cut_in_messages(tmp_path):

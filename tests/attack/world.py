@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,8 +162,12 @@ class World:
 
 
 def content(folder: Path) -> dict:
-    """{path: bytes} of all files below a folder but clocks, figures and what is hidden."""
+    """{path: bytes} of all files below a folder but clocks, figures, what is hidden, and what is gone when it is read."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
     files = [path for path in files if not path.name.startswith(".")]  # locks
     plain = [path for path in files if path.name != "timings.jsonl" and path.suffix != ".png"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in plain}
+    found = {}
+    for path in plain:
+        with suppress(FileNotFoundError):  # another process may be at work here, and done with it
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
