@@ -31,10 +31,11 @@ from engine.files import (
     remove,
     require_empty,
     unfinished_folder,
+    write_json,
     write_lines,
 )
 from engine.progress import tqdm
-from engine.run_folder import Saver, claim
+from engine.run_folder import MADE_FROM, Saver, claim, made_from
 from model import Decoder, ModelConfig, initialize
 from sppo import optimizer_step, setting
 
@@ -327,6 +328,9 @@ class JudgeConfig:
     device: str = setting("cpu", "a torch device")
 
 
+WRITTEN = "the judge, metrics.jsonl and learning.png are there"
+
+
 def train(args: argparse.Namespace) -> None:
     """The command: read the pairs, train a judge or go on with it, write its folder."""
     check_settings(args, JudgeConfig)
@@ -336,9 +340,10 @@ def train(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     unfinished = unfinished_folder(out)
-    if unfinished.exists() and (out / "metrics.jsonl").exists():
-        remove(unfinished)  # a process died after the judge had its name
-        print(f"{out}: was finished already")
+    known = out / MADE_FROM
+    if known.exists() and read_json(known) == made_from(*provenance(args)):
+        remove(unfinished)  # a process may have died after the judge had its name
+        print(f"{out}: finished already; {WRITTEN}")
         return
     require_empty(out)  # before hours of training, not after
 
@@ -362,8 +367,13 @@ def train(args: argparse.Namespace) -> None:
         judge.write_pretrained(temporary)
         write_lines(temporary / "metrics.jsonl", steps)
         write_figure(temporary / "learning.png", learning_curves(steps))
+        write_json(temporary / MADE_FROM, made_from(*provenance(args)))
     remove(unfinished)
     print_losses(out, steps, len(pairs), len(held_out))
+    if steps[-1]["epoch"] < args.epochs:
+        early = f"stopped after epoch {steps[-1]['epoch']} of {args.epochs}"
+        print(f"{early}: no better held-out loss for --patience {args.patience}")
+    print(f"{out}: {WRITTEN}")
 
 
 def claim_folder(saver: Saver, args: argparse.Namespace) -> None:
@@ -371,10 +381,15 @@ def claim_folder(saver: Saver, args: argparse.Namespace) -> None:
     if not saver.kept():
         remove(saver.folder)  # nothing to continue: any settings will do
 
+    claim(saver.folder, *provenance(args))
+
+
+def provenance(args: argparse.Namespace) -> tuple[dict, type, dict]:
+    """The settings, their class, and the fingerprints of the files that they name."""
     settings = {field.name: getattr(args, field.name) for field in fields(JudgeConfig)}
     files = {"backbone": args.backbone, "pairs": args.pairs}
     content = {name: fingerprint(path) for name, path in files.items()}
-    claim(saver.folder, settings | files, JudgeConfig, content)
+    return settings | files, JudgeConfig, content
 
 
 def print_losses(out: Path, steps: list[dict], pairs: int, held_out: int) -> None:
@@ -422,7 +437,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("train", help="train a PreferenceModel from pairs")
     command.add_argument("--pairs", required=True, help="JSON lines of prompt, chosen, rejected")
     command.add_argument("--backbone", required=True, help="the checkpoint folder to start from")
-    command.add_argument("--out", required=True, help="folder for the judge")
+    command.add_argument("--out", required=True, help="new folder for the judge")
     add_flags(command, JudgeConfig)
     args = parser.parse_args(arguments)
     stopped = "stopped; the same command continues after the last saved step"

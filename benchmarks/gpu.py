@@ -243,7 +243,7 @@ def run(args):
     check_device(args.device)
     if args.results and (args.shape, args.device[:4]) != ("7b", "cuda"):
         raise ValueError(f"--results is for the 7b shape on a GPU, this is {args.shape} on {args.device}")
-    bench = Bench(args.shape, args.device, require_empty(args.folder))
+    bench = Bench(args.shape, args.device, require_empty(args.folder, "--folder"))
     out = Path(args.out or ROOT / ("benchmarks/gpu.json" if bench.cuda else "out/gpu-on-cpu.json"))
     machine = {"device": bench.name, "torch": str(torch.__version__), "shape": args.shape}
     found = read_json(out) if out.exists() else dict(machine)

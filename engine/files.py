@@ -105,13 +105,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def require_empty(path: str | Path) -> Path:
-    """The path, if a new folder may be put there. FileExistsError if it is a file or a folder with
-    something in it.
+def occupied(path: str | Path) -> bool:
+    """Whether it is a file, or a folder with something in it."""
+    path = Path(path)
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def require_empty(path: str | Path, flag: str = "--out") -> Path:
+    """The path, if something new may be put there. FileExistsError, with the flag that names
+    another place, if it is occupied.
     """
     path = Path(path).absolute()
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        remedy = "choose another folder, or delete it"
+    if occupied(path):
+        remedy = f"choose another {flag}, or delete it"
         raise FileExistsError(f"{path}: exists already, and nothing is written over it; {remedy}")
     return path
 

@@ -132,6 +132,18 @@ def claim(
         write_json(path, read_json(path) | grown)
 
 
+MADE_FROM = "made-from.json"
+
+
+def made_from(settings: dict, declared: type, content: dict) -> dict:
+    """What decides what a command writes: its settings, but for those that are `free`, and the
+    fingerprints of what it reads. Kept as MADE_FROM, it tells the same command that it is finished.
+    """
+    free = {field.name for field in fields(declared) if field.metadata.get("free")}
+    names = sorted(settings.keys() - free - content.keys())
+    return {name: settings[name] for name in names} | {"content": content}
+
+
 class Metrics:
     """metrics.jsonl: a line for each optimizer step as it is made, and a line for each round.
 
@@ -319,7 +331,7 @@ class RecordedGame:
         """Note what a stage is made from or, where something is made already, compare: ValueError
         if a file has changed in between.
         """
-        path = self.folder / "made-from.json"
+        path = self.folder / MADE_FROM
 
         def work():
             known = read_json(path) if path.exists() else {}

@@ -23,7 +23,8 @@ checkpoints that a run leaves); or, for `winrate`, a file of outputs in AlpacaEv
 list of {instruction, output, generator}.
 
 What `outputs`, `winrate`, `distill` and `judge` have sampled, judged and learned is kept in
-OUT.unfinished until OUT is written: the same command continues.
+OUT.unfinished until OUT is written: the same command continues. What is there already is never
+written over.
 """
 
 import argparse
@@ -64,7 +65,7 @@ from engine.files import (
 )
 from engine.journal import NOTHING, Journal
 from engine.progress import tqdm
-from engine.run_folder import Saver, claim, round_policies, template_of
+from engine.run_folder import MADE_FROM, Saver, claim, made_from, round_policies, template_of
 from evaluate import judge_report
 from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
@@ -217,11 +218,40 @@ def unfinished(args: Namespace) -> Iterator[Path]:
     if not args.journal.known and not any(folder.glob("fit-*")):
         remove(folder)  # nothing to continue: any settings will do
 
-    settings = {name: value for name, value in vars(args).items() if name not in OURS}
-    content = {name: content_of(name, settings[name]) for name in INPUTS if settings.get(name)}
-    claim(folder, settings, Sampling, content)
+    claim(folder, *provenance(args))
     yield folder
     remove(folder)
+
+
+def provenance(args: Namespace) -> tuple[dict, type, dict]:
+    """The settings, their class, and the fingerprints of what they name."""
+    settings = {name: value for name, value in vars(args).items() if name not in OURS}
+    content = {name: content_of(name, settings[name]) for name in INPUTS if settings.get(name)}
+    return settings, Sampling, content
+
+
+def finished_before(args: Namespace) -> bool:
+    """Whether this command has written OUT already, which is said. FileExistsError if something
+    else is there.
+    """
+    out = Path(args.out)
+    known = out / MADE_FROM
+    rest = unfinished_folder(out)
+    result = out / "report.json" if args.command == "judge" else out
+
+    # A folder says what it was made from. Beside a file is what a process left that was killed
+    # between its last two steps.
+    if known.is_file():
+        done = read_json(known) == made_from(*provenance(args))
+    else:
+        done = result.is_file() and rest.exists()
+
+    if not done:
+        require_empty(result)
+        return False
+    remove(rest)
+    print(f"{result}: finished already")
+    return True
 
 
 def journal_of(args: Namespace) -> Journal:
@@ -371,8 +401,9 @@ def matrix(judge, prompts: list, args: Namespace) -> None:
 
     print_matrix(names, table, losing, len(pairs))
     if args.out:
-        write_json(args.out, result)
+        # The JSON comes last: once it is there the command has finished.
         write_figure(Path(args.out).with_suffix(".png"), draw_matrix(names, table))
+        write_json(args.out, result)
 
 
 def matrix_policies(folders: list[Path], args: Namespace) -> dict[str, Path]:
@@ -451,7 +482,6 @@ def draw_matrix(names: list[str], table: Tensor):
 @torch.no_grad()
 def average(args: Namespace) -> None:
     """The mean of the rounds' weights: not the mixture of their policies, but often near it."""
-    require_empty(args.out)
     folders = checkpoints(args.run_folder)
     policy = Transformer.from_pretrained(folders[0], "float32")
 
@@ -472,7 +502,6 @@ def distill(args: Namespace) -> None:
     """Fit one model to samples of the mixture by maximum likelihood, starting from the last round's
     weights.
     """
-    require_empty(args.out)
     prompts = read_prompts(args.prompts)
     generator = generator_of(args)
     sampler = Sampler(args.run_folder, args)
@@ -481,7 +510,8 @@ def distill(args: Namespace) -> None:
         responses = sampler.mixture(ready, args.samples, generator)
         saver = Saver(folder, args.save_minutes)
         count = fit_to(sampler, ready, responses, args, generator, saver)
-        save(sampler.policy, sampler.folders[-1], args.out)
+        made = made_from(*provenance(args))
+        save(sampler.policy, sampler.folders[-1], args.out, made)
     print(f"{args.out}: fitted to {count} responses of {len(sampler.folders)} checkpoints")
 
 
@@ -518,12 +548,16 @@ def fit_to(
     return len(rows)
 
 
-def save(policy: Transformer, source: Path, out: str | Path) -> None:
-    """Write a new checkpoint folder, with the tokenizer of the checkpoint `source`."""
+def save(policy: Transformer, source: Path, out: str | Path, made: dict | None = None) -> None:
+    """Write a new checkpoint folder, with the tokenizer of the checkpoint `source`, and what it was
+    made from.
+    """
     with atomic_write(out) as temporary:
         temporary.mkdir()
         policy.write_pretrained(temporary)
         Tokenizer(source).copy_to(temporary)
+        if made:
+            write_json(temporary / MADE_FROM, made)
 
 
 # ------------------------------------------------------------------------ a judge
@@ -541,8 +575,8 @@ def report(args: Namespace) -> None:
     with unfinished(args):
         result = judge_report.report(judge, pairs, args.judge, journal=args.journal)
         source = {"judge_spec": args.judge, "pairs_file": args.pairs}
-        write_json(out / "report.json", source | result)
         write_figure(out / "report.png", judge_report.draw(result))
+        write_json(out / "report.json", source | result)
     judge_report.print_report(result)
     print(f"\n{out / 'report.json'}, {out / 'report.png'}")
 
@@ -615,7 +649,7 @@ def add_outputs(commands) -> None:
     command.add_argument("--policy", required=True, help=policy)
     command.add_argument("--judge", help=JUDGE)
     command.add_argument("--name", help="the outputs' `generator` [name of the policy's folder]")
-    command.add_argument("--out", required=True, help="JSON file")
+    command.add_argument("--out", required=True, help="new JSON file")
     add_sampling(command, Outputs)
 
 
@@ -628,7 +662,7 @@ def add_winrate(commands) -> None:
     against = "the same; without it, the win matrix of the rounds of the run"
     command.add_argument("--against", help=against)
     command.add_argument("--judge", required=True, help=JUDGE)
-    command.add_argument("--out", help="JSON file; the matrix is drawn beside it")
+    command.add_argument("--out", help="new JSON file; the matrix is drawn beside it")
     add_sampling(command, WinRate)
 
 
@@ -637,7 +671,7 @@ def add_average(commands) -> None:
     command = commands.add_parser("average", help=purpose)
     command.set_defaults(run=average)
     command.add_argument("run_folder", metavar="RUN")
-    command.add_argument("--out", required=True, help="folder for the checkpoint")
+    command.add_argument("--out", required=True, help="new folder for the checkpoint")
 
 
 def add_distill(commands) -> None:
@@ -645,7 +679,7 @@ def add_distill(commands) -> None:
     command = commands.add_parser("distill", help=purpose)
     command.set_defaults(run=distill)
     command.add_argument("run_folder", metavar="RUN")
-    command.add_argument("--out", required=True, help="folder for the checkpoint")
+    command.add_argument("--out", required=True, help="new folder for the checkpoint")
     add_sampling(command, Distill)
 
 
@@ -686,7 +720,7 @@ def add_lc(commands) -> None:
     command.add_argument("--gamed", help=f"JSON object with the lists {', '.join(GAMED)}")
     strength = "inverse strength of the L1 penalty [chosen by cross-validation]"
     command.add_argument("--c", type=float, help=strength)
-    command.add_argument("--out", help="JSON file for all numbers")
+    command.add_argument("--out", help="new JSON file for all numbers")
 
 
 def add_sampling(command: argparse.ArgumentParser, settings: type) -> None:
@@ -729,7 +763,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         check(args)
-        args.run(args)
+        if not (out and finished_before(args)):
+            args.run(args)
 
     # `chat` has no --out, and the pairs that it adds to are its output.
     out = getattr(args, "out", None)

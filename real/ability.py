@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data import Tokenizer
 from engine.command import Parser, exit_code
-from engine.files import write_json
+from engine.files import require_empty, write_json
 from engine.run_folder import round_policies
 from generate import generate
 from model import Transformer
@@ -106,6 +106,7 @@ def row(logp: float, right: Tensor, tokens: int) -> dict:
 
 def measure(args: argparse.Namespace) -> None:
     """Base, every round, their average: printed, and written as JSON."""
+    require_empty(args.out)
     tokenizer = Tokenizer(args.base)
     tokens = tokenizer.encode(TEXT.strip())
     folders = {"base": args.base}
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--base", required=True, help="checkpoint folder that the run began with")
     parser.add_argument("--run", required=True, help="folder of the run")
-    parser.add_argument("--out", required=True, help="JSON to write")
+    parser.add_argument("--out", required=True, help="JSON to write, a new file")
     args = parser.parse_args(arguments)
     inputs = (args.base, args.run)
     return exit_code("real.ability", lambda: measure(args), out=args.out, inputs=inputs)

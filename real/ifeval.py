@@ -13,13 +13,22 @@ import sys
 from data import read_prompts
 from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.files import read_lines, write_lines
-from evaluate.__main__ import Sampling, generator_of, responses_of, settle_template, unfinished
+from evaluate.__main__ import (
+    Sampling,
+    finished_before,
+    generator_of,
+    responses_of,
+    settle_template,
+    unfinished,
+)
 
 
 def answer(args: argparse.Namespace) -> None:
     """Write the prompt file's lines with a response each."""
     check_settings(args, Sampling)
     settle_template(args)
+    if finished_before(args):
+        return
     rows = [row for _, row in read_lines(args.prompts)]
     prompts = read_prompts(args.prompts)
     with unfinished(args):
@@ -34,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     policy = "checkpoint folder, or the folder of a run"
     parser.add_argument("--policy", required=True, help=policy)
     parser.add_argument("--prompts", required=True, help="IFEval's JSON lines")
-    parser.add_argument("--out", required=True, help="JSON lines to write")
+    parser.add_argument("--out", required=True, help="JSON lines to write, a new file")
     add_flags(parser, Sampling, temperature=0.0, max_new_tokens=256)
     parser.set_defaults(command="ifeval")  # a part of the random seed
     args = parser.parse_args(arguments)

@@ -72,6 +72,7 @@ def test_the_average_policys_likelihood_is_the_mean_of_the_rounds(played, monkey
     result = json.loads(out.read_text())
     policies, n = result["policies"], result["tokens"] - 1
     assert list(policies) == ["base", "round-01", "round-02", "average"]
+    assert ability.main(["--base", f"{played}/policy", "--run", f"{played}/run", "--out", str(out)]) == 2
 
     chance = [math.exp(-n * policies[name]["nats_per_token"]) for name in ("round-01", "round-02")]
     assert math.exp(-n * policies["average"]["nats_per_token"]) == pytest.approx(sum(chance) / 2, rel=1e-6)

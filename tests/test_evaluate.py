@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_run
 
 from data import Prompt, Tokenizer
+from engine.files import write_lines
 from evaluate import __main__ as evaluate
 from evaluate.__main__ import Sampler, bootstrap, checkpoints, generator_of
 from model import Transformer
@@ -331,6 +332,54 @@ def test_an_outputs_file_that_does_not_fit_is_one_sentence(world, prompts, tmp_p
     error = capsys.readouterr().err.strip().splitlines()
     assert words in error[-1] and error[-1].startswith("evaluate: ")
     assert "Traceback" not in "".join(error)
+
+
+def test_nothing_is_written_over_a_result(played, world, prompts, tmp_path, capsys):
+    """Before anything is loaded, by a sentence with the flag; what the same command has finished it says."""
+    write_lines(tmp_path / "pairs.jsonl", [{"prompt": "3+4=", "chosen": "7.", "rejected": "8."}])
+    asked = [*prompts, *PLAIN]
+    commands = {
+        "outputs.json": ["outputs", "--policy", world / "policy", *asked],
+        "matrix.json": ["winrate", "--policy", played, *ORACLE, *asked],
+        "versus.json": ["winrate", "--policy", world / "policy", "--against", played, *ORACLE, *asked],
+        "distilled": ["distill", played, *asked, "--samples", 2, "--epochs", 1],
+        "average": ["average", played],
+        "report/report.json": ["judge", "--pairs", tmp_path / "pairs.jsonl", *ORACLE],
+    }
+    for name, words in commands.items():
+        mine = tmp_path / "mine" / name
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        if "." in name:
+            mine.write_text("mine")
+        else:
+            (mine / "file").mkdir(parents=True)
+        assert call(*words, "--out", tmp_path / "mine" / name.split("/")[0]) == 2
+        assert f"{mine}: exists already, and nothing is written over it; choose another --out" in capsys.readouterr().err
+
+        out = tmp_path / "new" / name.split("/")[0]
+        assert call(*words, "--out", out) == 0
+        before = {path: path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()}
+        again = call(*words, "--out", out)
+        told = capsys.readouterr()
+        # Only a folder has room for what it was made from.
+        assert again == (0 if name == "distilled" else 2), told.err
+        assert ("distilled: finished already" if name == "distilled" else "exists already") in told.out + told.err
+        assert before == {path: path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    assert call(*commands["distilled"], "--out", tmp_path / "new/distilled", "--seed", 1) == 2
+
+
+@pytest.mark.parametrize("name", ["outputs", "judge"])
+def test_what_was_killed_after_its_last_step_is_finished(name, world, prompts, tmp_path, capsys, monkeypatch):
+    write_lines(tmp_path / "pairs.jsonl", [{"prompt": "3+4=", "chosen": "7.", "rejected": "8."}])
+    words = ["judge", "--pairs", tmp_path / "pairs.jsonl", *ORACLE]
+    if name == "outputs":
+        words = ["outputs", "--policy", world / "policy", *prompts, *PLAIN]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "remove", lambda path: None)
+        assert call(*words, "--out", tmp_path / "new.json") == 0
+    assert (tmp_path / "new.json.unfinished").exists()
+    assert call(*words, "--out", tmp_path / "new.json") == 0
+    assert "finished already" in capsys.readouterr().out and not (tmp_path / "new.json.unfinished").exists()
 
 
 def test_other_mistakes_are_one_sentence(world, played, prompts, tmp_path, capsys):

@@ -485,6 +485,25 @@ def test_patience_counts_over_a_kill(training, tmp_path):
     assert files_of(tmp_path / "judge") == expected
 
 
+def test_a_training_that_patience_ends_says_so_and_a_finished_one_that_it_is(training, tmp_path, capsys):
+    """A training of all its epochs does not; other settings, and what somebody else has there, are refused."""
+    flags = [*training[0], "--patience", "1", "--out", str(tmp_path / "judge")]
+    assert prefmodel.main(["train", *flags]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "stopped after epoch 3 of 4: no better held-out loss for --patience 1" in said
+    assert said[-1] == f"{tmp_path}/judge: the judge, metrics.jsonl and learning.png are there"
+
+    before = files_of(tmp_path / "judge")
+    assert prefmodel.main(["train", *flags, "--save-minutes", "3"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/judge: finished already; the judge, metrics.jsonl")
+    assert prefmodel.main(["train", *flags, "--seed", "7"]) == 2
+    assert "exists already, and nothing is written over it; choose another --out" in capsys.readouterr().err
+    assert files_of(tmp_path / "judge") == before
+
+    assert prefmodel.main(["train", *training[0], "--out", str(tmp_path / "all")]) == 0
+    assert "stopped after" not in capsys.readouterr().out
+
+
 def test_a_full_disk_ends_a_training_with_code_2_and_the_same_command_continues(training, tmp_path):
     flags, expected = training
     flags = [*flags, "--out", str(tmp_path / "judge")]

@@ -210,12 +210,14 @@ def test_build_writes_the_folders_that_train_takes(tmp_path, monkeypatch, capsys
     assert Path(tmp_path / "run/round-01/policy/model.safetensors").is_file() and result
 
 
-def test_build_refuses_a_folder_that_holds_a_world(tmp_path, monkeypatch, capsys):
-    (tmp_path / "world.json").touch()
+@pytest.mark.parametrize("name", ["world.json", "policy"])
+def test_build_refuses_a_folder_that_holds_something(name, tmp_path, monkeypatch, capsys):
+    """A world; or somebody's own policy, which it used to take for its own."""
+    (tmp_path / name).touch()
     monkeypatch.setattr("sys.argv", ["text_game", "build", str(tmp_path)])
     assert text_game.main() == 2
-    assert "already a world" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["world.json"]
+    assert "exists already, and nothing is written over it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_measure_of_a_missing_run_ends_with_one_line(world, tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ def script(
     if something could not be read or written.
     """
     parser = Parser(description=description)
-    files = f"folder for {name}.png and {name}.json [%(default)s]"
+    files = f"folder for {name}.png and {name}.json, which are replaced [%(default)s]"
     parser.add_argument("--out", default="out/toy", help=files)
     parser.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
     flags(parser)

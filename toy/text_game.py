@@ -35,7 +35,15 @@ from torch import Tensor
 from data import Tokenizer, read_pairs
 from engine.command import Parser, exit_code
 from engine.figures import BLUE, GREEN, ORANGE, label_ends, new_figure, whole_ticks, write_figure
-from engine.files import atomic_write, read_json, remove, write_json, write_lines
+from engine.files import (
+    atomic_write,
+    read_json,
+    remove,
+    require_empty,
+    unfinished_folder,
+    write_json,
+    write_lines,
+)
 from engine.progress import tqdm
 from engine.run_folder import round_policies
 from generate import KVCache, response_logps
@@ -208,15 +216,11 @@ def draw_pairs(count: int, strengths: tuple, generator) -> list[dict]:
 def build(world: str | Path, seed: int = 0, strengths=STRENGTHS, pairs: int = 40_000) -> None:
     """Write a world's folder: policy/, judge/, prompts.jsonl, pairs.jsonl and world.json.
 
-    world.json comes last: a folder with it is complete. FileExistsError if it is there already.
+    The folder appears whole, and FileExistsError is raised if something is there already.
     """
-    world = Path(world)
-    if (world / "world.json").exists():
-        raise FileExistsError(f"{world}: already a world; choose another folder, or delete it")
-
-    # What is left of a build that was stopped.
-    for name in ("policy", "judge"):
-        remove(world / name)
+    place = require_empty(world, "folder")
+    world = unfinished_folder(place)
+    remove(world)  # of a build that was stopped
 
     generator = torch.Generator().manual_seed(seed)
     write_lines(world / "prompts.jsonl", [{"prompt": prompt} for prompt in SUMS])
@@ -227,6 +231,7 @@ def build(world: str | Path, seed: int = 0, strengths=STRENGTHS, pairs: int = 40
     build_judge(world, generator)
     settings = {"seed": seed, "strengths": list(strengths), "quality": QUALITY}
     write_json(world / "world.json", settings)
+    world.rename(place)
 
 
 def build_judge(world: Path, generator: torch.Generator) -> None:
@@ -525,7 +530,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("build", help="write the world")
-    command.add_argument("world")
+    command.add_argument("world", help="new folder")
     command.add_argument("--seed", type=int, default=0, help="random seed [%(default)s]")
     order = ". beats !, ! beats ?, ? beats . [.9 .9 .8]"
     command.add_argument("--strengths", type=float, nargs=3, default=STRENGTHS, help=order)
