@@ -71,7 +71,7 @@ from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
 from generate import SamplingConfig, generate, response_logps
 from judges.base import judge_in_batches
-from judges.load import judge_fingerprint, load_judge
+from judges.load import judge_fingerprint, load_judge, probe
 from model import Transformer
 from sppo import optimizer_step, setting, win_rates
 
@@ -276,12 +276,10 @@ def outputs(args: Namespace) -> None:
     if args.best_of > 1 and not args.judge:
         raise ValueError("--best-of needs a --judge")
 
-    # Before the sampling, which takes long: a judge that cannot be loaded ends the command at once.
-    judge = load_judge(args.judge, args.device) if args.best_of > 1 else None
-
     # AlpacaEval finds an output by its instruction, so a repeated prompt is answered once.
     prompts = {prompt_text(prompt): prompt for prompt in read_prompts(args.prompts)}
     prompts = list(prompts.values())
+    judge = working_judge(args, prompts) if args.best_of > 1 else None
     generator = generator_of(args)
     with unfinished(args):
         texts = responses_of(args.policy, prompts, args.best_of, args, generator)
@@ -301,6 +299,13 @@ def outputs(args: Namespace) -> None:
     print(f"{args.out}: {len(rows)} outputs, {characters:.0f} characters on average")
 
 
+def working_judge(args: Namespace, prompts: list):
+    """The judge, which was asked once: before the sampling, which takes long."""
+    judge = load_judge(args.judge, args.device)
+    probe(judge, args.judge, min(map(prompt_text, prompts), key=len))
+    return judge
+
+
 def mean(values: list) -> float:
     return sum(values) / len(values)
 
@@ -311,12 +316,12 @@ def mean(values: list) -> float:
 def winrate(args: Namespace) -> None:
     """One policy against another, or all rounds of a run against each other."""
     prompts = read_prompts(args.prompts)
-    judge = load_judge(args.judge, args.device)
     one = Path(args.policy).is_file() or len(checkpoints(args.policy)) == 1
     if one and not args.against:
         raise ValueError(
             f"--against is missing: {args.policy} is one policy, with nothing to compare"
         )
+    judge = working_judge(args, prompts)
     with unfinished(args) if args.out else nullcontext():
         (versus if args.against else matrix)(judge, prompts, args)
 

@@ -171,6 +171,35 @@ def test_without_a_run_the_template_is_the_checkpoints_own(world, prompts, tmp_p
     assert "chat_template" in capsys.readouterr().err
 
 
+def broken(prompt, responses):
+    return {}["key"]
+
+
+@pytest.mark.parametrize("command", ["outputs", "winrate"])
+def test_a_judge_that_fails_is_known_before_anything_is_sampled(command, world, prompts, tmp_path, capsys, monkeypatch):
+    """One sentence, with the line of the rule."""
+    monkeypatch.setattr(Sampler, "sample", None)
+    words = [
+        command,
+        "--policy",
+        world / "policy",
+        *prompts,
+        *PLAIN,
+        "--judge",
+        "test_evaluate:broken",
+        "--out",
+        tmp_path / "a.json",
+    ]
+    words += ["--best-of", 2] if command == "outputs" else ["--against", world / "policy"]
+    assert call(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line.startswith("evaluate: before the first response: judge broken, prompt '")
+        and "KeyError: 'key' (test_evaluate.py:" in line
+    )
+    assert not (tmp_path / "a.json").exists()
+
+
 # ------------------------------------------------------------------------ win rate
 
 
