@@ -476,7 +476,7 @@ def describe(row: dict, config: TrainConfig) -> str:
     """The summary as the terminal shows it."""
     rates = f"win rates {row['worst_win_rate']:.3f} to {row['best_win_rate']:.3f}"
     losses = f"loss {row['first_loss']:.4g} -> {row['last_loss']:.4g}"
-    tokens = f"{row['mean_tokens']:.1f} tokens a response"
+    tokens = f"{row['mean_tokens']:.1f} tokens"
     return f"round {row['round']}/{config.rounds}  {rates}  {losses}  {tokens} "
 
 

@@ -23,8 +23,8 @@ checkpoints that a run leaves); or, for `winrate`, a file of outputs in AlpacaEv
 list of {instruction, output, generator}.
 
 What `outputs`, `winrate`, `distill` and `judge` have sampled, judged and learned is kept in
-OUT.unfinished until OUT is written: the same command continues. What is there already is never
-written over.
+OUT.unfinished until OUT is written: the same command continues. What is there already is not
+written over, but for what `lc` writes.
 """
 
 import argparse
@@ -442,18 +442,17 @@ def later_against_earlier(names: list[str], table: Tensor, rounds: slice) -> lis
 
 
 def print_matrix(names: list[str], table: Tensor, losing: list[tuple], pairs: int) -> None:
-    """The table, thinned to about ten rows and columns, and two sentences about it."""
-    shown = range(0, len(names), max(1, len(names) // 10))
+    """The table, thinned to at most ten rows and columns, and sentences about it."""
+    shown = range(0, len(names), -(-len(names) // 10))
     heads = [names[i].removeprefix("round ") for i in shown]
     print(f"{'':10}" + "".join(f"{head:>9}" for head in heads))
     for i in shown:
         print(f"{names[i]:10}" + "".join(f"{table[i, j]:9.3f}" for j in shown))
 
-    text = f"in {len(losing)} of {pairs} pairs of rounds the later policy loses to the earlier one"
+    print(f"in {len(losing)} of {pairs} pairs of rounds the later policy loses to the earlier one")
     if losing:
         later, earlier, rate = min(losing, key=lambda pair: pair[2])
-        text += f", most clearly {later} to {earlier}: {rate:.3f}"
-    print(text)
+        print(f"most clearly {later} to {earlier}: {rate:.3f}")
     print(f"the average wins at least {table[-1].min().item():.3f} against each")
 
 
@@ -725,7 +724,7 @@ def add_lc(commands) -> None:
     command.add_argument("--gamed", help=f"JSON object with the lists {', '.join(GAMED)}")
     strength = "inverse strength of the L1 penalty [chosen by cross-validation]"
     command.add_argument("--c", type=float, help=strength)
-    command.add_argument("--out", help="new JSON file for all numbers")
+    command.add_argument("--out", help="JSON file for all numbers, which is replaced")
 
 
 def add_sampling(command: argparse.ArgumentParser, settings: type) -> None:
@@ -768,7 +767,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work():
         check(args)
-        if not (out and finished_before(args)):
+        # What `lc` says of a file takes no time, and is replaced.
+        if not out or args.command == "lc" or not finished_before(args):
             args.run(args)
 
     # `chat` has no --out, and the pairs that it adds to are its output.

@@ -403,12 +403,14 @@ def lc(args: Namespace) -> None:
 
 
 def print_table(results: dict[str, LengthControlled]) -> None:
-    """One line a model; all are of one variant, which heads the last column."""
+    """One line a model; all are of one variant, which is named if it is not the published one."""
     width = max(map(len, results))
     variant = VARIANTS[next(iter(results.values())).variant]
-    print(f"{'':{width}}      n  win rate   s.e.  discrete        c  {variant}")
+    print(f"{'':{width}}      n  win rate   s.e.  discrete        c     LC")
     for model, r in results.items():
         rates = f"{r.win_rate:8.2f}  {r.standard_error:5.2f}  {r.discrete_win_rate:8.2f}"
         c = "-" if r.c is None else format(r.c, ".4g")
         rate = f"{r.length_controlled_win_rate:.2f}"
-        print(f"{model:{width}}  {r.n_total:5}  {rates}  {c:>7}  {rate}")
+        print(f"{model:{width}}  {r.n_total:5}  {rates}  {c:>7}  {rate:>5}")
+    if variant != "LC":
+        print(variant)

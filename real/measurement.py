@@ -244,19 +244,19 @@ def summarize(records: list[list[dict]], rounds: list[int]) -> dict:
 
 TITLES = {
     "pass": "pass", "win_rate": "win rate", "quality": "quality", "on_topic": "on topic",
-    "distinct_bigrams": "bigrams", "tokens": "tokens", "log_likelihood": "nats/token",
+    "distinct_bigrams": "bigrams", "tokens": "tokens", "log_likelihood": "nats",
 }  # fmt: skip
 
 
 def print_table(result: dict) -> None:
     shown = {"base": result["base"], "last": result["rounds"][-1], "average": result["average"]}
-    titles = "".join(f"{title:>12}" for title in TITLES.values())
+    titles = "".join(f"{title:>9}" for title in TITLES.values())
     for split, label in LABELS.items():
-        print(f"\n{label:22}{titles}   95 % of pass")
+        print(f"\n{label:20}{titles}   95 % of pass")
         for name, rows in shown.items():
-            numbers = "".join(f"{rows[split][key]:12.3f}" for key in TITLES)
+            numbers = "".join(f"{rows[split][key]:9.3f}" for key in TITLES)
             low, high = rows[split]["pass_interval"]
-            print(f"{name:22}{numbers}   {low:.3f} to {high:.3f}")
+            print(f"{name:20}{numbers}   {low:.3f} to {high:.3f}")
 
 
 def draw(result: dict, path: Path) -> None:

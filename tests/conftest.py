@@ -1,5 +1,7 @@
 """What several test files share: where the reference values are, and small models to try things on."""
 
+import builtins
+import re
 import sys
 from pathlib import Path
 
@@ -61,3 +63,23 @@ def tiny_settings(world, run, **changes):
 def tiny_run(world, run, **changes):
     """Play it; returns the lines of its metrics."""
     return train.run(tiny_settings(world, run, **changes))
+
+
+PRINTING = tuple(str(ROOT / place) for place in ("train.py", "prefmodel.py", "evaluate", "engine", "toy", "real"))
+WIDEST = 100  # columns
+
+
+@pytest.fixture(autouse=True)
+def narrow_prints(monkeypatch):
+    """Whatever a test makes a command print fits into 100 columns; paths, which are a test's own, apart."""
+    kept = builtins.print
+
+    def narrow(*words, **options):
+        caller = sys._getframe(1).f_code.co_filename
+        if caller.startswith(PRINTING) and "file" not in options:
+            for line in " ".join(map(str, words)).splitlines():
+                found = re.sub(r"\S*/\S+", "", line)
+                assert len(found) <= WIDEST, f"{len(found)} columns: {found}"
+        kept(*words, **options)
+
+    monkeypatch.setattr(builtins, "print", narrow)

@@ -189,7 +189,7 @@ def test_main_writes_figure_and_numbers_and_prints_them(tmp_path, monkeypatch, c
     assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((tmp_path / "ablations.json").read_text())
     assert numbers["tables"]["K = 2, P(winner beats loser)"] == pytest.approx([0.9, 0.988], abs=1e-3)
-    assert "0.504        0.541        0.770        0.954        0.993" in capsys.readouterr().out
+    assert "0.504       0.541       0.770       0.954       0.993" in capsys.readouterr().out
 
 
 def test_same_seed_same_numbers_and_another_seed_others():

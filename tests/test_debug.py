@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import traceback
 
 import pytest
 import torch
@@ -98,6 +99,30 @@ def test_it_prints_all_numbers_of_each_rounds_first_prompt(debug_run):
 def test_the_debugger_can_stop_where_a_round_begins(debug_run):
     shown = run_python(debug_run[0], "-m", "toy.debug", "--stop", typed="s\ns\np len(prompts)\nq\n").stdout
     assert "sppo_round(" in shown and "(Pdb) 2" in shown, shown
+
+
+def test_the_way_down_is_short(debug_run, monkeypatch):
+    """From train.py to the algorithm at most six frames; a step into its line 3 reaches `generate` after two."""
+    frames = {}
+
+    def watch(name):
+        function = getattr(train, name)
+
+        def watched(*arguments, **options):
+            frames.setdefault(name, [frame.name for frame in traceback.extract_stack()[:-1]])
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(train, name, watched)
+
+    watch("sppo_round")
+    watch("generate")
+    monkeypatch.chdir(debug_run[0])
+    assert debug.main(["--rounds", "1"]) == 0
+    way = frames["sppo_round"]
+    way = way[len(way) - way[::-1].index("main") - 1 :]
+    assert way[0] == "main" and way[-1] == "run" and len([*way, "sppo_round"]) <= 6
+    way = frames["generate"]
+    assert way[way.index("sppo_round") + 1 :] == ["sample", "sample"]  # the recorded game's, the text game's
 
 
 def test_what_vs_code_launches_exists():

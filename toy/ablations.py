@@ -414,7 +414,7 @@ def find(rows: list[dict], **what) -> list[dict]:
 
 def line(name: str, *cells) -> None:
     """One row of the table that is printed."""
-    print(f"  {name:49}" + "".join(f"{cell:>13}" for cell in cells))
+    print(f"{name:28}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 def print_result(result: dict) -> None:
@@ -434,10 +434,12 @@ def print_constant(result: dict) -> None:
 
     print("\nexact play from (.8, .15, .05): exploitability of average, last policy")
     line("η", *etas)
-    for row in result["play"]:
+    for number, row in enumerate(result["play"]):
+        if not number or row["game"] != result["play"][number - 1]["game"]:
+            print(row["game"])
         # Without its sign: where the last policy is the equilibrium, rounding can leave -0.
         numbers = [f"{a:.3f} {abs(last):.2f}" for a, last in zip(row["average"], row["last"])]
-        line(f"{row['game']}, {row['rounds']} rounds, {row['constant']}", *numbers[::4])
+        line(f"  {row['rounds']} rounds, {row['constant']}", *numbers[::4])
 
 
 def print_samples(rows: list[dict]) -> None:
@@ -447,15 +449,16 @@ def print_samples(rows: list[dict]) -> None:
     line("K", *(row["samples"] for row in part), "exact")
 
     # First the whole table by what is trained on, then the other judges with all K.
-    shown = [(game, "table", select) for game in GAMES for select in SELECT]
-    shown += [(game, judge, "all") for game in GAMES for judge in ("averaged", "shortcut")]
-    for game, judge, select in shown:
-        part = find(rows, game=game, judge=judge, select=select)
-        part += find(rows, game=game, judge=judge, select="exact")
+    shown = [("table", select) for select in SELECT] + [("averaged", "all"), ("shortcut", "all")]
+    for game in GAMES:
+        print(game)
+        for judge, select in shown:
+            part = find(rows, game=game, judge=judge, select=select)
+            part += find(rows, game=game, judge=judge, select="exact")
 
-        label = SELECT[select] if judge == "table" else TITLE[judge]
-        numbers = [f"{row['average'][0]:.3f}±{row['average'][1]:.3f}" for row in part]
-        line(f"{game}, {label}", *numbers)
+            label = SELECT[select] if judge == "table" else TITLE[judge]
+            numbers = [f"{row['average'][0]:.3f}±{row['average'][1]:.3f}" for row in part]
+            line(label, *numbers)
 
 
 def print_tables(tables: dict) -> None:
@@ -465,8 +468,8 @@ def print_tables(tables: dict) -> None:
         cells = []
         for value in values:
             numbers = torch.tensor(value).view(-1)
-            cells.append("  " + " ".join(f"{x:.3f}" for x in numbers))
-        line(name.ljust(56), *cells)
+            cells.append(" " + " ".join(f"{x:.3f}" for x in numbers))
+        print(f"{name}: {' '.join(cells)}")
 
 
 def print_shortcut(result: dict) -> None:

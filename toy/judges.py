@@ -430,47 +430,50 @@ def print_table(result: dict) -> None:
 
 
 def print_learned(learned: dict, truth: dict) -> None:
-    columns = "".join(f"{name:>21}" for name in COLUMNS)
-    sizes = "".join(f"{size:7,}" for size in SIZES)
-    print(f"means of {REPEATS} repeats;    {columns}")
-    print(f"{'labels':24}{sizes * len(COLUMNS)}")
+    print(f"means of {REPEATS} repeats")
+    for keys in (COLUMNS[:3], COLUMNS[3:]):  # side by side they would be too wide
+        print_columns(learned, truth, keys)
 
-    judges = []
-    for game, forms in learned.items():
-        print(game)
-        for form, by_size in forms.items():
-            line = f"  {form:22}"
-            for key in COLUMNS:
-                for rows in by_size.values():
-                    line += f"{fmean(row[key] for row in rows):7.3f}"
-            print(line)
-            judges += [row for rows in by_size.values() for row in rows]
-
-        # The truth does not depend on a number of labels.
-        line = "".join(f"{truth[game][key]:21.3f}" for key in COLUMNS)
-        print(f"  {'the truth':22}{line}")
-
+    judges = [
+        row for forms in learned.values() for form in forms.values()
+        for rows in form.values() for row in rows
+    ]  # fmt: skip
     worst = max(row["asymmetry"] for row in judges)
     print(f"largest |P + Pᵀ - 1| of all {len(judges)} judges: {worst:.1g}")
 
 
+def print_columns(learned: dict, truth: dict, keys: tuple) -> None:
+    sizes = "".join(f"{size:7,}" for size in SIZES)
+    print(f"{'':24}" + "".join(f"{name:>21}" for name in keys))
+    print(f"{'labels':24}{sizes * len(keys)}")
+    for game, forms in learned.items():
+        print(game)
+        for form, by_size in forms.items():
+            rows = [(key, rows) for key in keys for rows in by_size.values()]
+            means = (fmean(row[key] for row in each) for key, each in rows)
+            print(f"  {form:22}" + "".join(f"{mean:7.3f}" for mean in means))
+
+        # The truth does not depend on a number of labels.
+        line = "".join(f"{truth[game][key]:21.3f}" for key in keys)
+        print(f"  {'the truth':22}{line}")
+
+
 def print_bias(bias: dict) -> None:
-    title = f"a judge with {bias['logits']} logits for the longer word"
-    columns = f"{'surplus for length':>20}{'its equilibrium':>21}{'exploitability':>18}"
-    print(f"\n{title:50}{columns}")
+    print(f"\na judge with {bias['logits']} logits for the longer word")
+    print(f"{'':40}{'surplus for length':>20}{'its equilibrium':>21}{'exploitability':>18}")
 
     repaired = f"repaired, rule weighs {bias['weight_of_the_rule']:.2f}"
     for name, label in {"fair": "fair", "biased": "biased", "repaired": repaired}.items():
         row = bias[name]
         shares = " ".join(f"{share:.3f}" for share in row["equilibrium"])
-        print(f"  {label:48}{row['length_surplus']:20.4f}{shares:>21}{row['exploitability']:18.4f}")
+        print(f"  {label:38}{row['length_surplus']:20.4f}{shares:>21}{row['exploitability']:18.4f}")
 
 
 def print_cost(price: dict) -> None:
-    columns = "".join(f"{'K = ' + str(K):>20}" for K in price["counts"])
-    print(f"\nto judge K responses of {price['words']} words{columns}")
+    print(f"\nto judge K responses of {price['words']} words")
+    print(f"{'':20}" + "".join(f"{'K = ' + str(K):>20}" for K in price["counts"]))
     for name in ("PreferenceModel", "PairRM"):
-        line = f"  {name:30}"
+        line = f"  {name:18}"
         for rows, seconds in zip(price[name]["rows"], price[name]["seconds"]):
             cell = f"{rows} rows, {1000 * seconds:.1f} ms"
             line += f"{cell:>20}"

@@ -321,7 +321,7 @@ def print_exploitability(games: Iterable[dict]) -> None:
 
 
 def line(name: str, cells: Iterable[str]) -> None:
-    print(f"{name:40}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"{name:40}" + "".join(f"{cell:>15}" for cell in cells))
 
 
 def spread(runs: list[dict], key: str, form: str) -> str:

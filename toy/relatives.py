@@ -297,7 +297,8 @@ def print_table(result: dict) -> None:
 
     print("\nexploitability of other averages")
     for game, row in result["averages"].items():
-        print(f"  {game:22}" + ", ".join(f"{name} {gap:.4f}" for name, gap in row.items()))
+        print(f"  {game}")
+        print("    " + ", ".join(f"{name} {gap:.4f}" for name, gap in row.items()))
 
     print("\njudge's budget: K samples, m opponents each; exploitability of the average")
     for row in sorted(result["budget"], key=lambda row: row["exploitability"]):
@@ -305,12 +306,13 @@ def print_table(result: dict) -> None:
 
 
 def print_looking_back(result: dict) -> None:
-    title = f"exploitability, η = {result['eta']}, worst of 5 starts"
-    print(f"{title:50}" + "".join(f"{game + ': last':>26}{'average':>9}" for game in GAMES))
+    print(f"exploitability, η = {result['eta']}, worst of 5 starts")
+    print(f"{'':33}{'':9}" + "".join(f"{game:>22}" for game in GAMES))
+    print(f"{'':33}{'growth':>9}" + f"{'last':>12}{'average':>10}" * len(GAMES))
     for name in LOOKING_BACK:
         rows = [result[game][name] for game in GAMES]
-        cells = "".join(f"{row['last']:26.1g}{row['average']:9.4f}" for row in rows)
-        print(f"  {name:33}growth {rows[0]['growth']:+8.3f}{cells}")
+        cells = "".join(f"{row['last']:12.1g}{row['average']:10.4f}" for row in rows)
+        print(f"  {name:31}{rows[0]['growth']:+9.3f}{cells}")
 
     rows = [row for game in GAMES for row in result[game].values()]
     apart = max(row["from_regularized"] for row in rows)

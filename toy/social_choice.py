@@ -244,7 +244,9 @@ def print_table(result: dict) -> None:
         for model, *numbers in zip(*table.values()):
             print(f"  {model:18}" + "".join(f"{number:15.3f}" for number in numbers))
     if result["votes"]:
-        print("models on one prompt: " + ", ".join(f"{k} {v}" for k, v in result["votes"].items()))
+        print("\nmodels on one prompt")
+        for name, count in result["votes"].items():
+            print(f"  {name:38}{count:6}")
 
 
 def draw(result: dict):

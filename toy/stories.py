@@ -27,6 +27,7 @@ round, then its text.
 import argparse
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -222,15 +223,16 @@ def print_result(result: dict) -> None:
     for name in ("base", "last"):
         print(f"\n{result['texts']['prompt']} ... ({name} policy)")
         for text in result["texts"][name]:
-            print("   ...", " ".join(text.split()))
+            shown = " ".join(text.split())
+            print(textwrap.fill(shown, 100, initial_indent="   ... ", subsequent_indent="       "))
 
-    titles = "".join(f"{name:>11}" for name in (*CATEGORIES, "win rate"))
+    titles = "".join(f"{name:>10}" for name in (*CATEGORIES, "win rate"))
     print(f"\n{'':8}{titles}  exploitability  log-likelihood")
     last = result["rounds"][-1]
     average = result["averages"][-1]
     for name, row in (("base", result["base"]), ("last", last), ("average", average)):
         shares = [*row["shares"].values(), row["win_rate"]]
-        numbers = "".join(f"{number:11.3f}" for number in shares)
+        numbers = "".join(f"{number:10.3f}" for number in shares)
         print(f"{name:8}{numbers}{row['exploitability']:16.3f}{row['log_likelihood']:16.3f}")
 
 

@@ -347,8 +347,8 @@ def print_table(result: dict) -> None:
 
     seconds = 1e4 * result["speed"]["rows"][0]["seconds_per_round"]
     exponent = result["speed"]["exponent"]
-    text = f"speed: 10,000 rounds of a 100-action game in {seconds:.2f} s;"
-    print(f"{text} from 500 actions on the cost grows as n^{exponent:.2f}")
+    print(f"speed: 10,000 rounds of a 100-action game in {seconds:.2f} s")
+    print(f"from 500 actions on the cost grows as n^{exponent:.2f}")
 
 
 # ------------------------------------------------------------------------ the figure

@@ -57,7 +57,7 @@ def finish(case, name: str) -> None:
 
 def done_already(name: str, result) -> bool:
     """Whether a command that writes something new, and nothing over what is old, was stopped after its last step."""
-    return not name.startswith("train") and "exists already" in result.lines[-1]
+    return not name.startswith(("train", "lc")) and "exists already" in result.lines[-1]
 
 
 # ------------------------------------------------------------------------------------------------ disks
