@@ -16,7 +16,7 @@ def advice(summary: dict, steps: list[dict]) -> dict[str, str]:
     moved = sum(step["lr"] for step in steps)
     if len(steps) < FEW_STEPS and moved < LITTLE:
         count = f"{len(steps)} optimizer step" + "s" * (len(steps) > 1)
-        remedy = "more prompts, a smaller --batch, a larger --lr, or --preset smollm2"
+        remedy = "more prompts, a smaller --batch, a larger --lr, or --preset small"
         found["steps"] = f"{count} of {moved:.1g} in all train next to nothing: {remedy}"
 
     if summary["best_win_rate"] == summary["worst_win_rate"]:

@@ -49,6 +49,16 @@ def test_three_steps_are_enough_where_the_learning_rate_was_chosen_for_them(pres
     assert advice(row, [step] * 3) == {}
 
 
+def test_thirty_prompts_of_ones_own_are_enough_for_the_small_preset(world, tmp_path, capsys):
+    """At least ten optimizer steps a round, with nothing to warn of."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{n}+4="}}\n' for n in range(30)))
+    paths = ["--policy", f"{world}/policy", "--prompts", f"{tmp_path}/prompts.jsonl", "--out", f"{tmp_path}/run"]
+    short = ["--rounds", "1", "--max-new-tokens", "8", "--template", "plain"]
+    assert train.main(["--preset", "small", *paths, "--judge", "conftest:letters", *short]) == 0
+    assert "optimizer step" not in capsys.readouterr().err
+    assert len((tmp_path / "run/round-01/policy/steps.jsonl").read_text().splitlines()) >= 10
+
+
 def test_a_finished_run_says_that_it_is_finished_and_where_things_are(world, tmp_path, capsys):
     tiny_run(world, tmp_path / "run")
     told = capsys.readouterr().out
