@@ -28,8 +28,8 @@ from torch import nn
 from data import Tokenizer, prompt_text, read_outputs, read_prompts
 from engine.checkpoint import DTYPES
 from engine.command import exit_code, flag
-from engine.costs import GPUS, causal_flops, on_meta, pairrm_bytes, pairrm_flops, parameters
-from engine.costs import attended, recomputing_bytes, saved_bytes, training_bytes
+from engine.costs import GPUS, attended, causal_flops, low_rank, multiplied, on_meta, pairrm_bytes
+from engine.costs import pairrm_flops, parameters, recomputing_bytes, saved_bytes, training_bytes
 from engine.files import read_json
 from generate import PREFILL_TOKENS, pool_shape, position_bytes
 from judges.load import is_folder, split_spec
@@ -156,7 +156,9 @@ class Work:
         dtype = DTYPES[config.dtype]
         self.width = dtype.itemsize
         self.held = 4 if gpus > 1 else self.width
-        self.state = 4 if config.optimizer == "rmsprop" else 2 * self.held
+        self.terms = low_rank(self.policy, config.lora)  # in float32, and trained alone
+        trained = 4 if self.terms else self.held
+        self.state = 4 if config.optimizer == "rmsprop" else 2 * trained
 
         # A GPU's pool: bytes of a cached position, positions of the longest row, the cache's shape.
         rows = min(config.pool, math.ceil(self.N / gpus) * config.samples)
@@ -243,8 +245,13 @@ class Work:
     def fit(self, N: int) -> dict:
         # Forward as in score, forward once more to recompute, and backward, which is twice that.
         once = self.score(N)
+        flops = 4 * once["flops"]
+
+        # Frozen weights have no gradients, which are half of the backward pass.
+        if self.terms:
+            flops += (8 * self.terms - 2 * multiplied(self.policy)) * once["tokens"]
         epochs = self.config.epochs
-        return self.computed("fit", epochs * once["tokens"], 4 * epochs * once["flops"], self.width)
+        return self.computed("fit", epochs * once["tokens"], epochs * flops, self.width)
 
     def previous(self, N: int) -> dict:
         """Target optimistic: as many responses of π_{t-1} join the table."""
@@ -276,7 +283,8 @@ class Work:
         block = tokens * saved_bytes(sizes, self.width) + lines
         kept = recomputing_bytes(sizes, tokens, self.width) + lines
         logits = min(self.config.micro_batch * written, ASSUMED["chunk"]) * sizes.vocab_size
-        trained = training_bytes(self.policy, self.gpus, self.width, self.held, self.state)
+        kinds = (self.width, self.held, self.state)
+        trained = training_bytes(self.policy, self.gpus, *kinds, self.terms)
         fit = {"activations": kept, "logits": logits * (2 * self.width + 12)}
         return {
             "sample": fixed | {"cache": cache, "workspace": hidden + probabilities},
@@ -301,7 +309,9 @@ class Work:
         if fixed >= self.gpu["memory_gb"] * 1e9:
             if self.width == 4:
                 return "--dtype bfloat16 or more GPUs"
-            return "more GPUs" if stage == "fit" else "a smaller model"
+            if stage == "fit":
+                return "more GPUs" if self.terms else "more GPUs or --lora"
+            return "a smaller model"
 
         setting = "micro_batch"
         if stage in ("sample", "previous"):
@@ -328,6 +338,8 @@ class Work:
         """Bytes while a fit is unfinished: weights and optimizer state, and their successors."""
         if self.config.save_minutes == math.inf:
             return 0
+        if self.terms:
+            return 2 * self.terms * (4 + self.state)
         return 2 * parameters(self.policy) * (self.held + self.state)
 
 

@@ -30,6 +30,7 @@ from engine.command import Parser, add_flags, check_settings, exit_code
 from engine.figures import draw_curves
 from engine.files import fingerprint
 from engine.journal import NOTHING
+from engine.lora import add_terms, merge_terms
 from engine.memory import peak_memory
 from engine.optim import rounding_optimizer
 from engine.run_folder import (
@@ -71,6 +72,7 @@ class TrainConfig(RoundConfig, SamplingConfig):
     out: str = setting("", "run folder, new or to be continued (required)")
     rounds: int = setting(3, "number of rounds T", low=1)
     samples: int = setting(5, "K responses per prompt", low=2)
+    lora: int = setting(0, "rank of the terms trained in place of all weights; 0: off", low=0)
     compare: int = setting(0, "opponents that each response meets, at random; 0: all", low=0)
     opponents: str = setting("", "file of outside responses, only compared with")
     reuse_prompts: bool = setting(False, "all prompts in every round, not split over them")
@@ -340,8 +342,17 @@ class TextGame(Game):
         mine = micro_batches(self, data.prompts, data.responses, self.share(batch), config)
         return distributed.lock_step(mine, spare=batch[:1].tolist())
 
+    def fit(self, data, config, generator, resume=None):
+        # The generator is where it was in a fit that was never interrupted: no step draws from it.
+        if self.config.lora:
+            add_terms(self.policy, self.config.lora, generator)
+        yield from super().fit(data, config, generator, resume)
+        if self.config.lora:
+            merge_terms(self.policy, generator)
+
     def optimizer(self, config, generator):
-        if next(self.policy.parameters()).dtype == torch.bfloat16:
+        trained = [one for one in self.policy.parameters() if one.requires_grad]
+        if trained[0].dtype == torch.bfloat16:
             return rounding_optimizer(config.optimizer, self.policy, config.lr, generator)
         return super().optimizer(config, generator)
 

@@ -34,7 +34,7 @@ GROUPS = {
         training_prompts held_out_prompts measured measure_every""",
     "judging": "judge judge_dtype judge_retries compare every",
     "learning": """rounds reuse_prompts eta loss target tau reference_every select epochs
-        schedule_epochs batch optimizer lr warmup clip held_out patience""",
+        schedule_epochs batch optimizer lr lora warmup clip held_out patience""",
     "machine": "device pool cache_gb micro_batch micro_tokens recompute gpu gpus",
 }
 GROUP = {name: title for title, names in GROUPS.items() for name in names.split()}

@@ -6,12 +6,14 @@ from torch import nn
 from engine.checkpoint import uninitialized
 
 # Bytes a second, and dense operations a second with 2- and 4-byte numbers, from NVIDIA's data
-# sheets of the H100, H200 and A100 80GB, SXM (half of what they give with sparsity; float32 without
-# TF32). cpu: 4 cores × 3 GHz × 32 operations (AVX2), DDR4-3200 × 2 channels.
+# sheets of the H100, H200 and A100 80GB, SXM, and of the GeForce RTX 4090 (half of what they give
+# with sparsity; float32 without TF32). cpu: 4 cores × 3 GHz × 32 operations (AVX2), DDR4-3200 × 2
+# channels.
 GPUS = {
     "h100": dict(memory_gb=80, bandwidth=3.35e12, flops={2: 9.9e14, 4: 6.7e13}),
     "h200": dict(memory_gb=141, bandwidth=4.8e12, flops={2: 9.9e14, 4: 6.7e13}),
     "a100-80": dict(memory_gb=80, bandwidth=2.04e12, flops={2: 3.12e14, 4: 1.95e13}),
+    "rtx-4090": dict(memory_gb=24, bandwidth=1.01e12, flops={2: 1.65e14, 4: 8.3e13}),
     "cpu": dict(memory_gb=16, bandwidth=5.1e10, flops={2: 3.8e11, 4: 3.8e11}),
 }
 
@@ -35,6 +37,13 @@ def multiplied(module: nn.Module) -> int:
 
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
     return parameters(module) - sum(table.weight.numel() for table in tables)
+
+
+def low_rank(policy: nn.Module, rank: int) -> int:
+    """Parameters of the terms beside the linear layers of all blocks (engine/lora.py)."""
+    blocks = policy.model.layers.modules()
+    linears = [layer for layer in blocks if isinstance(layer, nn.Linear)]
+    return rank * sum(layer.in_features + layer.out_features for layer in linears)
 
 
 # ------------------------------------------------------------------------ operations
@@ -87,21 +96,27 @@ def recomputing_bytes(config, tokens: int, width: int) -> int:
     return inputs + block + gradients
 
 
-def training_bytes(policy: nn.Module, gpus: int, width: int, held: int, state: int) -> dict:
+def training_bytes(
+    policy: nn.Module, gpus: int, width: int, held: int, state: int, terms: int = 0
+) -> dict:
     """{part: bytes} that a GPU holds to train a Transformer, besides the weights it samples with.
 
-    A trained weight has `held` bytes, and the optimizer's averages of it have `state`.
+    A weight has `held` bytes, and the optimizer's averages of a trained one have `state`. `terms`
+    are the parameters of low-rank terms: if there are any, each GPU has them all, in float32, and
+    nothing else is trained.
     """
     P = parameters(policy)
     shard = held * P / gpus
     parts = {"shard": 0, "gradients": shard, "optimizer": state * P / gpus, "gathered": 0}
+    if terms:
+        parts |= {"terms": 4 * terms, "gradients": 4 * terms, "optimizer": state * terms}
 
     # Of several GPUs (engine/distributed.py, shard) each has a shard apart from the weights. One
     # block, embedding and head are whole on each while they are computed with; their gradients too.
     if gpus > 1:
         other_blocks = (policy.config.num_hidden_layers - 1) * parameters(policy.model.layers[0])
         parts["shard"] = shard
-        parts["gathered"] = 2 * width * (P - other_blocks)
+        parts["gathered"] = (1 if terms else 2) * width * (P - other_blocks)
     return parts
 
 

@@ -162,6 +162,17 @@ def shard(policy: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
     return policy.to_empty(device=device)
 
 
+def mean_of_all(gradient: torch.Tensor) -> torch.Tensor:
+    """Mean over all processes of the gradient of a parameter that each has whole; FSDP takes the
+    same of its shards.
+    """
+    if world_size() == 1:
+        return gradient
+    total = gradient.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor, put together from all processes if each has a part of it (then it is a DTensor)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -43,6 +43,36 @@ def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
     return rounded.masked_fill_(value.isnan(), torch.nan)
 
 
+class RoundedSum(torch.autograd.Function):
+    """x + small of bfloat16 tensors (..., D), rounded stochastically, the same way each time.
+
+    Rounded to the nearest, whatever is below half a spacing of x would be lost, for x is a bfloat16
+    already; here it is kept on average. x + 0 is x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, small):
+        total = x.float().add_(small)
+        columns = total.shape[-1]
+        rows = total.numel() // columns
+
+        # Each row's random bits are those of the row before, moved on by one: as many as there are
+        # sums would take longer to draw than the sums.
+        generator = torch.Generator(x.device).manual_seed(0)
+        count = (rows + columns,)
+        bits = torch.randint(
+            1 << 16, count, generator=generator, device=x.device, dtype=torch.int32
+        )
+        upper = total.view(torch.int32).view(rows, columns)
+        upper += bits.unfold(0, columns, 1)[:rows]
+        upper >>= 16
+        return upper.to(torch.int16).view(torch.bfloat16).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient
+
+
 # ------------------------------------------------------------------------ optimizers
 
 

@@ -538,10 +538,15 @@ class Saver:
             self.steps = json.loads(file.metadata()["steps"])
         kept = load_file(path)
 
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.trained().items():
             local_part(parameter)[0].copy_(kept[f"weights.{name}"])
         load_optimizer_tensors(self.optimizer, without_prefix(kept, "optimizer."))
         self.extra = without_prefix(kept, "extra.")
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What a fit changes; the rest (with --lora) is what its round began with."""
+        named = self.module.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def after(self, step: dict) -> None:
         """Call after each step; saves at most every `minutes`, and before it stops the program."""
@@ -566,7 +571,7 @@ class Saver:
         self.last = time.monotonic()
 
     def save(self) -> None:
-        weights = {name: value.detach() for name, value in self.module.named_parameters()}
+        weights = {name: value.detach() for name, value in self.trained().items()}
         tensors = with_prefix(weights, "weights.")
         tensors |= with_prefix(optimizer_tensors(self.optimizer), "optimizer.")
         tensors |= with_prefix(self.extra, "extra.")

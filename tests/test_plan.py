@@ -302,7 +302,7 @@ def test_the_result_is_json_and_its_table_fits_on_the_screen(folders, gpu):
 
 def test_what_makes_no_sense_is_refused(folders):
     for arguments, message in (
-        (dict(gpu="h1000"), "--gpu is 'h1000', expected one of h100, h200, a100-80, cpu"),
+        (dict(gpu="h1000"), "--gpu is 'h1000', expected one of h100, h200, a100-80, rtx-4090, cpu"),
         (dict(gpus=0), "--gpus is 0, expected at least 1"),
         (dict(mean_response_tokens=0), "has 0 tokens, expected up to 2048"),
         (dict(mean_response_tokens=2049), "has 2049 tokens, expected up to 2048"),
