@@ -741,9 +741,9 @@ def commit():
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def write_record(name, seconds):
+def write_record(name, seconds, made_from):
     source = SOURCES[name]
-    record = {"command": source.command.splitlines(), "commit": commit(), "machine": machine(), "seconds": round(seconds)}
+    record = {"command": source.command.splitlines(), "commit": made_from, "machine": machine(), "seconds": round(seconds)}
     record |= {} if source.shipped else {"numbers": source.read()}
     RECORDS.mkdir(exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False)
@@ -751,17 +751,19 @@ def write_record(name, seconds):
 
 
 def make_copy():
-    """The last commit as a tree of its own, with the environment and the inputs of this one beside it."""
+    """The last commit as a tree of its own, with the environment and the inputs of this one beside it; returns its name."""
+    made_from = commit()
     shutil.rmtree(COPY, ignore_errors=True)
     COPY.mkdir(parents=True)
-    tree = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    tree = subprocess.run(["git", "archive", made_from], cwd=ROOT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "-x"], cwd=COPY, input=tree, check=True)
     for link, target in ((COPY / ".venv", ROOT / ".venv"), (COPY.parent / "shared", ROOT.parent / "shared")):
         link.unlink(missing_ok=True)
         link.symlink_to(target)
+    return made_from
 
 
-def refresh(name):
+def refresh(name, made_from):
     """Run the commands of a source in one shell, and record what came out."""
     print(f"{name}:\n{SOURCES[name].command}", flush=True)
     start = time.time()
@@ -771,7 +773,7 @@ def refresh(name):
     for file in (file for folder in WRITTEN for file in (COPY / folder).rglob("*")):
         if file.is_file() and file.stat().st_mtime >= start:
             shutil.copy(file, ROOT / file.relative_to(COPY))
-    write_record(name, time.time() - start)
+    write_record(name, time.time() - start, made_from)
 
 
 def listing():
@@ -803,9 +805,9 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="run nothing, write docs/numbers.md from the records")
     args = parser.parse_args()
     if not args.page:
-        make_copy()
+        made_from = make_copy()
         for name in args.names or runnable:
-            refresh(name)
+            refresh(name, made_from)
     LIST.write_text(listing(), encoding="utf-8")
 
     wrong = list(missing())
