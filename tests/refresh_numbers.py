@@ -696,6 +696,7 @@ SOURCES = {
         shipped=True,
     ),
     "people": Source(
+        "python -m real.smollm2 --out out/smollm2\n"
         f"python -m real.judge --pandalm {SHARED}/pandalm/pairs.jsonl --llmbar {SHARED}/llmbar/pairs.jsonl",
         read_people,
         {f"{JUDGED}/README.md": [*people_rows()]},

@@ -82,10 +82,12 @@ def test_a_command_runs_in_a_copy_of_the_last_commit_and_is_recorded(tmp_path, m
     monkeypatch.setattr(refresh_numbers, "RECORDS", main / "docs/numbers")
     monkeypatch.setattr(refresh_numbers, "SOURCES", {"one": Source(command, lambda: refresh_numbers.load("out/value.json"))})
     (main / "docs").mkdir()
-    refresh_numbers.make_copy()
-    refresh_numbers.refresh("one")
+    made_from = refresh_numbers.make_copy()
+    subprocess.run([*git, "commit", "-aqm", "second"], check=True)  # meanwhile
+    refresh_numbers.refresh("one", made_from)
 
     record = json.loads((main / "docs/numbers/one.json").read_text())
+    assert record["commit"] == made_from != refresh_numbers.commit()
     assert record["numbers"] == {"value": 1} and record["command"] == command.splitlines() and "torch" in record["machine"]
     assert (main / "figures/new.png").read_text() == "new\n" and (main / "figures/old.png").read_text() == "edited"
 
