@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -394,6 +395,54 @@ def arrival_rows():
         yield f"| {title.strip()} " + "| " * (6 - count) + "| " + " | ".join(cells) + " |"
 
 
+ARRIVES = "--target regularized --tau 0.1"
+FIRST_HALF = f"{ARRIVES} --reference-every 10 --rounds 40"
+SECOND_HALF = f"{ARRIVES} --reference-every 20 --eta 1 --samples 64 --select best-worst --epochs 12 --lr 2e-4 --rounds 40"
+ARRIVING = {  # run: (world, judge)
+    "shares-0": (0, "out/arrives/judge-0"),
+    "shares-1": (1, "out/arrives/judge-1"),
+    "shares-2": (2, "out/arrives/judge-2"),
+    "votes-0": (0, "out/arrives/world-0/judge"),
+    "oracle-0": (0, "toy.text_game:oracle"),
+}
+
+
+def arrives_commands():
+    """Judges of single votes and of shares of votes; two halves of 40 rounds, measured at the end."""
+    commands = []
+    for seed in SEEDS:
+        world, soft, judge = (f"out/arrives/{name}-{seed}" for name in ("world", "soft", "judge"))
+        commands.append(f"python -m toy.text_game build {world} --seed {seed}")
+        commands.append(f"python -m toy.arrival {world} --soft {soft}.jsonl")
+        inputs = f"--pairs {soft}.jsonl --backbone {world}/policy --template plain --cyclic 4"
+        commands.append(f"python prefmodel.py train {inputs} --batch 250 --lr 1e-3 --epochs 4 --out {judge}")
+    for name, (seed, judge) in ARRIVING.items():
+        world, run = f"out/arrives/world-{seed}", f"out/arrives/{name}"
+        inputs = f"--preset tiny --prompts {world}/prompts.jsonl --judge {judge}"
+        commands.append(f"python train.py {inputs} --policy {world}/policy {FIRST_HALF} --out {run}-first")
+        commands.append(f"python train.py {inputs} --policy {run}-first/round-40/policy {SECOND_HALF} --out {run}")
+        commands.append(f"python -m toy.text_game measure {world} {run}")
+    for seed in SEEDS:
+        world = f"out/arrives/world-{seed}"
+        commands.append(f"python -m toy.arrival {world} > out/arrives/votes-{seed}.txt")
+        soft = f"--judge out/arrives/judge-{seed} > out/arrives/shares-{seed}.txt"
+        commands.append(f"python -m toy.arrival {world} out/arrives/shares-{seed} {soft}")
+    return "\n".join(commands)
+
+
+def read_arrives(folder="out/arrives"):
+    """Of the last policies; of the judges' equilibria, of right sums alone; deviations in nats."""
+    found = {"last": {name: load(f"{folder}/{name}/measure.json")["last"]["exploitability"] for name in ARRIVING}}
+    for kind in ("votes", "shares"):
+        texts = [(COPY / folder / f"{kind}-{seed}.txt").read_text(encoding="utf-8") for seed in SEEDS]
+        found[kind] = [float(re.search(r"of right sums .*truly (\S+)", text)[1]) for text in texts]
+    deviates = [re.findall(r"deviates by (\S+) in all prompts, (\S+) in each", text) for text in texts]
+    found["base"] = [float(rows[0][1]) for rows in deviates]
+    found["common"] = [float(rows[1][0]) for rows in deviates]
+    found["each"] = [float(rows[1][1]) for rows in deviates]
+    return found
+
+
 def read_real():
     measured = load(f"{FOLDER}/measure.json")
     found = {"base": measured["base"]}
@@ -642,6 +691,21 @@ SOURCES = {
         "make demo\npython -m toy.arrival out/demo/world out/demo/run > out/toy/arrival.txt",
         read_arrival,
         {LABORATORY: [*arrival_rows()]},
+    ),
+    "arrives": Source(
+        arrives_commands(),
+        read_arrives,
+        {
+            LABORATORY: [
+                "| one vote a pair | {votes[0]:.3f}, {votes[1]:.3f}, {votes[2]:.3f} | {last[votes-0]:.3f} (world 0) |",
+                "| shares of votes | {shares[0]:.3f}, {shares[1]:.3f}, {shares[2]:.3f}"
+                " | {last[shares-0]:.3f}, {last[shares-1]:.3f}, {last[shares-2]:.3f} |",
+                "| oracle | 0 | {last[oracle-0]:.3f} (world 0) |",
+                "common deviations are {common[0]:.3f}, {common[1]:.3f} and {common[2]:.3f} nats, and each prompt's own are"
+                " {each[0]:.3f}, {each[1]:.3f} and {each[2]:.3f}"
+                " (in the base policies {base[0]:.3f}, {base[1]:.3f} and {base[2]:.3f})",
+            ]
+        },
     ),
     "social-choice": Source(
         toy("social_choice", f" --votes {SHARED}/pandalm/pairs.jsonl", "social_choice"),

@@ -4,9 +4,16 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import tiny_settings
+from safetensors.torch import load_file
 
+import train
+from data import read_pairs
+from engine.files import write_json, write_lines
 from judges.base import Rule
+from model import Transformer
 from toy import arrival, tabular
+from toy.debug import build_debugging
 from toy.games import cycle, exploitability, nash, random_game
 from toy.text_game import SUMS, classify, draw_pairs, oracle
 
@@ -130,3 +137,51 @@ def test_the_error_of_the_fit_falls_with_the_learning_rate_and_not_with_the_step
         play(arrival.SCHEDULES[name + then], 0, arrival.ERROR, arrival.START) for then in ("", ", then η/2", ", then lr/3")
     ]
     assert smaller[2] < 0.6 * smaller[0] < 0.6 * smaller[1]
+
+
+# ------------------------------------------------------------------------ of a run
+
+
+@pytest.mark.parametrize(("common", "own"), [(0.05, 0.0), (0.0, 0.1), (0.03, 0.2)])
+def test_deviations_are_those_that_were_added_to_the_equilibrium(common, own):
+    """Each response's log-probability moves by Gaussian numbers; a common shift of all three changes no policy."""
+    random = generator()
+    shift = common * torch.tensor([1.0, -1.0, 0.0]).double() + own * torch.randn(N, 3, generator=random).double()
+    policy = torch.full((N, len(arrival.TAUGHT)), 1e-3).double()
+    policy.scatter_(1, arrival.RIGHT, nash(cycle()) * shift.exp())
+    found = arrival.deviations(policy, (0.9, 0.9, 0.8))
+    aim = torch.tensor([4, 3, 4]).double() / 11
+    size = (aim[:2].sum() - (aim[0] - aim[1]) ** 2).sqrt().item()  # standard deviation of (1, -1, 0)
+    spread = (aim * (1 - aim)).sum().sqrt().item()  # of three independent numbers
+    assert found[0] == pytest.approx(common * size, abs=own / 8 + 1e-9)
+    assert found[1] == pytest.approx(own * spread, rel=0.15, abs=1e-9)
+
+
+def test_softened_pairs_have_the_probabilities_whose_coin_flips_the_votes_were(tmp_path):
+    pairs = draw_pairs(4000, (0.9, 0.9, 0.8), generator())
+    write_lines(tmp_path / "pairs.jsonl", pairs)
+    write_json(tmp_path / "world.json", {"strengths": [0.9, 0.9, 0.8]})
+    assert arrival.main([str(tmp_path), "--soft", str(tmp_path / "soft.jsonl")]) == 0
+    soft = read_pairs(tmp_path / "soft.jsonl")
+    assert [(pair["chosen"], pair["rejected"]) for pair in soft] == [(pair["chosen"], pair["rejected"]) for pair in pairs]
+
+    # Of the pairs with probability p or 1 - p, whose chosen one won, a share of p has p.
+    for p in (0.8, 0.9, 0.95):
+        sides = [pair["probability"] > 0.5 for pair in soft if min(abs(pair["probability"] - q) for q in (p, 1 - p)) < 1e-9]
+        assert sum(sides) / len(sides) == pytest.approx(p, abs=0.05) and len(sides) > 100
+
+
+def test_a_second_run_begins_where_the_first_ended_and_takes_its_policy_as_reference(tmp_path):
+    build_debugging(tmp_path / "world")
+    same = dict(target="regularized", tau=0.1)
+    train.run(tiny_settings(tmp_path / "world", tmp_path / "first", rounds=1, **same))
+    last = tmp_path / "first/round-01/policy"
+    train.run(tiny_settings(tmp_path / "world", tmp_path / "second", rounds=1, policy=str(last), **same))
+
+    folder = tmp_path / "second/round-01"
+    logps, reference = (load_file(folder / f"{name}.safetensors")[name] for name in ("logps", "reference"))
+    assert torch.allclose(logps, reference, atol=1e-5)
+    new, old = (Transformer.from_pretrained(path) for path in (folder / "policy", last))
+    base = Transformer.from_pretrained(tmp_path / "world/policy")
+    steps = [sum((a - b).norm() ** 2 for a, b in zip(new.parameters(), x.parameters())).sqrt() for x in (old, base)]
+    assert 0 < steps[0] < steps[1]

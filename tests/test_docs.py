@@ -47,6 +47,7 @@ NOT_RUN = {  # the beginning of a command: why no test runs it
     "python -m toy.judges": "under a minute; tests/test_judges.py",
     "python -m toy.relatives": "under a minute; tests/test_relatives.py",
     "python -m toy.arrival": "under a minute; tests/test_arrival.py",
+    "python train.py --policy out/first/round-40/policy": "no first run has 40 rounds here; tests/test_arrival.py",
     "make attack": "two minutes; tests/test_attack.py runs a share of it",
     "make numbers": "hours; tests/test_numbers.py compares the records with the pages",
     "python -m toy.social_choice": "its votes are not shipped; tests/test_social_choice.py",
@@ -152,7 +153,7 @@ def template(tmp_path_factory):
     shutil.copytree(world / "judge", folder / "pairrm")
     write_lines(world / "prompts.jsonl", [{"prompt": prompt} for prompt in list(SUMS)[:6]])
     shutil.copy(world / "prompts.jsonl", folder)
-    for name in ("pairs.jsonl", "held-out.jsonl"):
+    for name in ("pairs.jsonl", "held-out.jsonl", "out/soft.jsonl"):
         write_lines(folder / name, draw_pairs(60, STRENGTHS, generator))
 
     rows = [{"instruction": prompt, "output": "7.", "generator": "people"} for prompt in SUMS]

@@ -1,11 +1,13 @@
 """What keeps the *last* policy of the small world from its equilibrium: samples, judge or fit.
 
     python -m toy.arrival [WORLD RUN ...]      without WORLD: tables alone, seconds
+    python -m toy.arrival WORLD --soft FILE    only writes WORLD/pairs.jsonl with probabilities
 
 Tables, with exact or sampled win rates, meet their targets exactly, or as a network does: in part,
 and with errors that fall with the learning rate. Of a world: the learned judge's own equilibrium,
-prompt by prompt, and the last policies of runs, in the judge's game and in the true one. Of runs of
-plain SPPO also how the network met its targets.
+prompt by prompt, and the base policy and the last ones of runs, in the judge's game and in the true
+one, and how far they are from the true equilibrium. Of runs of plain SPPO also how the network met
+its targets.
 """
 
 import sys
@@ -14,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Generator, Tensor
 
-from data import Tokenizer
+from data import Tokenizer, read_pairs
 from engine.command import Parser, exit_code
-from engine.files import read_json
+from engine.files import read_json, write_lines
 from engine.progress import tqdm
 from engine.run_folder import round_policies
 from judges.load import load_judge
@@ -131,13 +133,43 @@ def judged(own: Tensor, policies: dict) -> dict:
     return {k: [gain(game, p).mean().item() for game in (own, true)] for k, p in policies.items()}
 
 
+def deviations(policy: Tensor, strengths: tuple) -> tuple[float, float]:
+    """How far the endings of right responses are from their equilibrium, as log-ratios in nats:
+    root mean squares of what all prompts have in common, and of each prompt's own.
+    """
+    aim = nash(cycle(strengths))
+    ratio = normalized(policy.gather(1, RIGHT).log()) - aim.log()
+    ratio = ratio - (aim * ratio).sum(1, keepdim=True)
+    common = ratio.mean(0)
+    return tuple((aim * part**2).sum(-1).mean().sqrt().item() for part in (common, ratio - common))
+
+
+def soften(world: Path, out: Path) -> None:
+    """Write a world's pairs with the oracle's probability of each, where one vote is the label."""
+    strengths = read_json(world / "world.json")["strengths"]
+    rows = []
+    for pair in read_pairs(world / "pairs.jsonl"):
+        row = {key: pair[key] for key in ("prompt", "chosen", "rejected")}
+        table = oracle(row["prompt"], [row["chosen"], row["rejected"]], strengths)
+        rows.append(row | {"probability": table[0, 1].item()})
+    write_lines(out, rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("world", type=Path, nargs="?", help="folder of toy.text_game build")
     parser.add_argument("runs", type=Path, nargs="*", help="runs of train.py in that world")
+    parser.add_argument("--judge", help="the judge that is measured [WORLD/judge]")
+    parser.add_argument("--soft", type=Path, metavar="FILE", help="write softened pairs, and end")
     args = parser.parse_args(arguments)
 
     def work():
+        if (args.soft or args.judge) and not args.world:
+            raise ValueError("--soft and --judge are about a world, expected its folder as WORLD")
+        if args.soft:
+            soften(args.world, args.soft)
+            return
+
         torch.set_num_threads(1)
         generator = torch.Generator().manual_seed(0)
         print(f"{'samples (0: exact); network':34}" + "".join(f"{size:9}" for size in SIZES))
@@ -150,12 +182,16 @@ def main(arguments: list[str] | None = None) -> int:
         if args.world is None:
             return
 
-        judge = load_judge(str(args.world / "judge"))
+        judge = load_judge(args.judge or str(args.world / "judge"))
         with torch.no_grad():
             own = torch.cat([judge.preferences_many([p], [TAUGHT]) for p in SUMS]).double()
-        last = {str(run): shares(round_policies(run)[-1]) for run in args.runs}
-        for name, gains in judged(own, last).items():
+        last = {"base policy": shares(args.world / "policy")}
+        last |= {str(run): shares(round_policies(run)[-1]) for run in args.runs}
+        for name, gains in judged(own, dict(last)).items():
             print(f"{name:34} in the judge's game {gains[0]:.4f}, truly {gains[1]:.4f}")
+        for name, policy in last.items():
+            common, own_part = deviations(policy, read_json(args.world / "world.json")["strengths"])
+            print(f"{name:34} deviates by {common:.3f} in all prompts, {own_part:.3f} in each")
         for run in args.runs:
             config = read_json(run / "config.json")
             if config["target"] == "sppo":
