@@ -159,6 +159,9 @@ class SamplingConfig:
     pool: int = setting(256, "responses sampled at the same time, at most", low=1, free=True)
     seed: int = setting(0, "random seed", low=0)
     device: str = setting("cpu", "torch device, cuda for example", free=True)
+    threads: int | None = setting(
+        None, "of torch; 0: as many as cores are idle; unset: all cores", low=0, free=True
+    )
 
 
 # ------------------------------------------------------------------------ the pool

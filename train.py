@@ -42,6 +42,7 @@ from engine.run_folder import (
     read_responses,
     round_folder,
 )
+from engine.threads import Threads
 from engine.trace import TracedGame
 from generate import SamplingConfig, draw_seeds, generate, response_logps
 from judges.base import judge_in_batches
@@ -114,7 +115,7 @@ PRESETS = {
     "small": dict(
         rounds=3, samples=4, select="all", reuse_prompts=True, eta=5.0, temperature=0.7,
         optimizer="adamw", lr=3e-6, epochs=3, batch=8, micro_tokens=1024,
-        max_new_tokens=96, pool=64, save_minutes=2.0, dtype="bfloat16",
+        max_new_tokens=96, pool=64, save_minutes=2.0, dtype="bfloat16", threads=0,
     ),
     # A chat model of 135M parameters on two cores (real/instructions.py), with 96 prompts for each
     # round. It sees them once: at this η and learning rate a second epoch would fit samples, not
@@ -123,7 +124,7 @@ PRESETS = {
     "smollm2": dict(
         rounds=8, samples=8, select="best-worst", eta=15.0, temperature=0.7,
         optimizer="adamw", lr=6e-5, epochs=1, batch=32, micro_tokens=1024,
-        max_new_tokens=96, pool=192, save_minutes=2.0, dtype="bfloat16",
+        max_new_tokens=96, pool=192, save_minutes=2.0, dtype="bfloat16", threads=0,
     ),
     # Mistral-7B-Instruct-v0.2 as in SPPO v5, §5.1. Not in the paper: the optimizer and micro-batch
     # are those of the authors' code (uclaml/SPPO), as are 2048 new tokens (scripts/generate.sh).
@@ -433,6 +434,7 @@ def run(config: TrainConfig) -> list[dict]:
 
     out = Path(config.out)
     metrics = Metrics(out / "metrics.jsonl")
+    threads = Threads(config.threads)
     drawn = time.monotonic()
     said = set()
     for number, part in enumerate(prompts, 1):
@@ -442,7 +444,7 @@ def run(config: TrainConfig) -> list[dict]:
         # A stage that a stopped run has finished is read by the recorded game, and not played
         # again.
         game = TextGame(config, policy, tokenizer, judge, number, opponents)
-        recorded = RecordedGame(game, metrics)
+        recorded = RecordedGame(game, metrics, threads)
         recorded = TracedGame(recorded) if config.trace else recorded
         result = sppo_round(recorded, part, config, game.generator(1))
         metrics.finish_round(number, result["steps"], summary(number, result, tokenizer.stop))

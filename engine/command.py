@@ -35,7 +35,7 @@ GROUPS = {
     "judging": "judge judge_dtype judge_retries compare every",
     "learning": """rounds reuse_prompts eta loss target tau reference_every select epochs
         schedule_epochs batch optimizer lr lora warmup clip held_out patience""",
-    "machine": "device pool cache_gb micro_batch micro_tokens recompute gpu gpus",
+    "machine": "device threads pool cache_gb micro_batch micro_tokens recompute gpu gpus",
 }
 GROUP = {name: title for title, names in GROUPS.items() for name in names.split()}
 

@@ -55,6 +55,7 @@ from engine.optim import load_optimizer_tensors, optimizer_tensors
 from engine.progress import tqdm
 from engine.stop import Stop
 from engine.terminal import visible
+from engine.threads import Threads
 
 # ------------------------------------------------------------------------ folders
 
@@ -212,8 +213,9 @@ class RecordedGame:
     train.TextGame. With several processes all call the same methods, and the main one writes.
     """
 
-    def __init__(self, game, metrics: Metrics):
+    def __init__(self, game, metrics: Metrics, threads: Threads | None = None):
         self.game = game
+        self.threads = threads or Threads()
         self.config = game.config
         self.metrics = metrics
         self.folder = round_folder(game.config.out, game.number)
@@ -365,6 +367,7 @@ class RecordedGame:
         """Show a progress bar, keep a journal, turn running out of memory into advice, and note the
         time. `begun` is what there is of the stage, if it is not in a journal.
         """
+        self.threads.adapt()
         start = time.perf_counter()
         journal = self.journal(name)
         self.game.journal = journal

@@ -66,6 +66,7 @@ from engine.files import (
 from engine.journal import NOTHING, Journal
 from engine.progress import tqdm
 from engine.run_folder import MADE_FROM, Saver, claim, made_from, round_policies, template_of
+from engine.threads import Threads
 from evaluate import judge_report
 from evaluate.chat import chat
 from evaluate.length_controlled import GAMED, lc
@@ -107,6 +108,7 @@ class Sampler:
         self.tokenizer = Tokenizer(self.folders[0])
         self.policy = Transformer.from_pretrained(self.folders[0], args.dtype, args.device)
         self.tokenizer.check_vocabulary(self.policy.config.vocab_size)
+        self.threads = Threads(args.threads)
 
     def prompts(self, texts: list) -> list[Prompt]:
         """N prompts as text and token ids. ValueError if one leaves no room for a response."""
@@ -135,6 +137,7 @@ class Sampler:
     def sample(self, index: int, prompts: list, samples: int, generator, progress=None) -> list:
         """N lists of `samples` responses as token ids, all from checkpoint `index`."""
         args = self.args
+        self.threads.adapt()
 
         # The only checkpoint has been in memory from the start; several take turns there.
         if len(self.folders) > 1:

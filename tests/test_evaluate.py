@@ -46,7 +46,7 @@ def prompts(world):
 
 def sampling(**changes):
     values = dict(template="plain", max_new_tokens=4, temperature=1.0, top_p=1.0, pool=64)
-    values |= dict(dtype=None, device="cpu", prompts="prompts.jsonl")
+    values |= dict(dtype=None, device="cpu", threads=None, prompts="prompts.jsonl")
     return Namespace(**(values | changes))
 
 
