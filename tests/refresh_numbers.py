@@ -688,7 +688,7 @@ SOURCES = {
         },
     ),
     "arrival": Source(
-        "make demo\npython -m toy.arrival out/demo/world out/demo/run > out/toy/arrival.txt",
+        "make demo\nmkdir -p out/toy\npython -m toy.arrival out/demo/world out/demo/run > out/toy/arrival.txt",
         read_arrival,
         {LABORATORY: [*arrival_rows()]},
     ),
