@@ -1,14 +1,20 @@
 """Claims about engine/threads.py: with --threads 0 a run leaves the cores alone that other programs keep busy."""
 
+import json
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 from engine import threads
 from engine.threads import STAT, Threads, counters
+from toy.debug import build_debugging
+
+sys.path.append(str(ROOT / "benchmarks"))
+import neighbour
 
 
 @pytest.fixture
@@ -79,3 +85,16 @@ def test_the_counters_see_a_program_that_is_busy():
     seconds, busy, own = (after - first for after, first in zip(counters(), before))
     assert busy - own > 0.9 and own < 0.5 and seconds > 0.9
     assert time.monotonic() >= before[0]
+
+
+def test_the_measurement_beside_a_neighbour_runs(tmp_path, monkeypatch, capsys):
+    """On a tiny policy, where the numbers mean nothing."""
+    monkeypatch.setattr(neighbour, "THREADS", {"all": 1, "idle cores": 0})
+    build_debugging(tmp_path)
+    flags = ["--policy", tmp_path / "policy", "--template", "plain", "--dtype", "float32", "--prompts", 1, "--max-new-tokens", 2]
+    assert neighbour.main([str(word) for word in [*flags, "--stages", 2, "--out", tmp_path]]) == 0
+    told = capsys.readouterr().out
+    assert told.count("tokens/s") == 4 and "of the quiet speed" in told
+    result = json.loads((tmp_path / "neighbour.json").read_text())
+    assert all(row["tokens_a_second"] > 0 for rows in result["threads"].values() for row in rows)
+    assert [row["threads"] for row in result["threads"]["all"]] == [1, 1]
