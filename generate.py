@@ -36,22 +36,23 @@ class KVCache:
     """Keys and values of R rows with room for S positions; `length` (R,) is how many a row has."""
 
     def __init__(self, config, rows: int, size: int, device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, rows, size, config.num_key_value_heads, config.head_dim)
+        # The positions of a head lie one after the other, as attention reads them.
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, size, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
         self.size = size
 
     def __repr__(self) -> str:
-        layers, rows, size = self.keys.shape[:3]
+        layers, rows, _, size, _ = self.keys.shape
         used = self.length.tolist()
         return f"KVCache({layers} layers, {rows} rows of {size} positions, used {used})"
 
     def part(self, rows: int, size: int) -> "KVCache":
         """The first `rows` rows and `size` positions, in the same memory."""
         part = copy.copy(self)
-        part.keys = self.keys[:, :rows, :size]
-        part.values = self.values[:, :rows, :size]
+        part.keys = self.keys[:, :rows, :, :size]
+        part.values = self.values[:, :rows, :, :size]
         part.length = self.length[:rows]
         part.size = size
         return part
@@ -61,16 +62,16 @@ class KVCache:
         row = torch.arange(len(self.length), device=position.device)[:, None]
 
         def extend(k, v):
-            self.keys[index, row, position] = k.transpose(1, 2)
-            self.values[index, row, position] = v.transpose(1, 2)
-            return self.keys[index].transpose(1, 2), self.values[index].transpose(1, 2)
+            self.keys[index, row, :, position] = k.transpose(1, 2)
+            self.values[index, row, :, position] = v.transpose(1, 2)
+            return self.keys[index], self.values[index]
 
         return extend
 
     def copy_from(self, other: "KVCache", rows: list, slots: list, length: int) -> None:
         """Give rows `slots` the first `length` positions of the other's `rows`, as many or one."""
-        self.keys[:, slots, :length] = other.keys[:, rows, :length]
-        self.values[:, slots, :length] = other.values[:, rows, :length]
+        self.keys[:, slots, :, :length] = other.keys[:, rows, :, :length]
+        self.values[:, slots, :, :length] = other.values[:, rows, :, :length]
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows (R',), of which some may be named more than once."""
