@@ -403,7 +403,11 @@ ARRIVING = {  # run: (world, judge)
     "shares-1": (1, "out/arrives/judge-1"),
     "shares-2": (2, "out/arrives/judge-2"),
     "votes-0": (0, "out/arrives/world-0/judge"),
+    "votes-1": (1, "out/arrives/world-1/judge"),
+    "votes-2": (2, "out/arrives/world-2/judge"),
     "oracle-0": (0, "toy.text_game:oracle"),
+    "oracle-1": (1, "toy.text_game:oracle"),
+    "oracle-2": (2, "toy.text_game:oracle"),
 }
 
 
