@@ -28,10 +28,10 @@ def load_policy(folder):
 
 
 @torch.no_grad()
-def sample(model, prompts, samples_per_prompt, max_new_tokens, stop_token, together):
+def sample(model, prompts, samples_per_prompt, max_new_tokens, stop_token, together, temperature=1.0):
     """N lists of K responses, from left-padded batches of `together` prompts; stop_token None: all of max_new_tokens."""
     settings = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples_per_prompt,
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=samples_per_prompt,
         max_new_tokens=max_new_tokens, eos_token_id=stop_token, pad_token_id=stop_token or 0,
     )  # fmt: skip
     model.generation_config = settings  # else the checkpoint's own end token fills in for None
@@ -86,6 +86,41 @@ class CrossEncoder:
             rows = [self.pair_ids(prompts[n], responses[n][i], responses[n][j]) for n, i, j in batch]
             logits[tuple(zip(*batch))] = self.forward(rows)
         return logits
+
+
+class Classifier:
+    """A scalar head on a chat model's last token: what LlamaForSequenceClassification and its relatives are."""
+
+    def __init__(self, folder, head):
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        self.model = load(folder, num_labels=1, dtype=torch.float32, attn_implementation="sdpa", pad_token_id=0).eval()
+        self.model.score.weight.data = head
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def preferences_many(self, prompts, responses, together):
+        """(N, K, K), of `together` right-padded texts at a time in the order in which they come."""
+        chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+                 for prompt, row in zip(prompts, responses) for response in row]  # fmt: skip
+        texts = [self.tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        scores = [self.scores(rows[start : start + together]) for start in range(0, len(rows), together)]
+        score = torch.cat(scores).view(len(prompts), -1)
+        return torch.sigmoid(score[:, :, None] - score[:, None])
+
+    def scores(self, rows):
+        T = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
+        return self.model(tokens, attention_mask=mask).logits[:, 0]
+
+
+def with_terms(model, rank, alpha):
+    """A model with peft's LoRA terms beside all linear layers but the head."""
+    import peft
+
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, settings)
 
 
 class Trainer(DPOTrainer):

@@ -17,7 +17,7 @@ from model import Transformer
 from real import ability, ifeval
 from toy.debug import build_debugging
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # last: real/ is a folder of ours, and real.py a file there
 
 import score_ifeval
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # last: real/ is a folder of ours, and real.py a file there
 
 import peers
 import side_by_side
