@@ -2,7 +2,7 @@
 
     python -m real.smollm2 --out out/smollm2
     python benchmarks/real.py                      all stages, medians of 3: 25 minutes on two cores that do nothing else
-    python benchmarks/real.py --quick              2 prompts, once: 3 minutes
+    python benchmarks/real.py --quick              2 prompts, once: 5 minutes
     python benchmarks/real.py --only sample --prompts 64 --repeats 5
 
 Writes real.json and real.png into --out. ratio = theirs/ours of medians; above 1 is better for us. All sides have the same
@@ -54,7 +54,7 @@ from engine.files import read_json, write_json  # noqa: E402
 from engine.lora import ALPHA  # noqa: E402
 from engine.progress import tqdm  # noqa: E402
 from generate import generate  # noqa: E402
-from model import Transformer  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from prefmodel import PreferenceModel  # noqa: E402
 from sppo import best_and_worst, sppo_round, win_rates  # noqa: E402
 from train import PRESETS, TextGame  # noqa: E402
@@ -87,7 +87,7 @@ class World:
         given = read_json(self.folder / "given.json")
         self.texts, self.responses = given["texts"], given["responses"]
         self.ids = [self.tokenizer.prompt_ids(text, "chat") for text in self.texts]
-        self.config = self.ours().config
+        self.config = ModelConfig.from_json(self.policy / "config.json")
         self.pairs = [[ids, *rows[:2]] for ids, rows in zip(self.ids, self.responses)][: size["pairs"]]
         D = self.config.hidden_size
         self.head = torch.randn(1, D, generator=torch.Generator().manual_seed(1)) * D**-0.5
