@@ -701,10 +701,11 @@ SOURCES = {
         read_arrives,
         {
             LABORATORY: [
-                "| one vote a pair | {votes[0]:.3f}, {votes[1]:.3f}, {votes[2]:.3f} | {last[votes-0]:.3f} (world 0) |",
+                "| one vote a pair | {votes[0]:.3f}, {votes[1]:.3f}, {votes[2]:.3f}"
+                " | {last[votes-0]:.3f}, {last[votes-1]:.3f}, {last[votes-2]:.3f} |",
                 "| shares of votes | {shares[0]:.3f}, {shares[1]:.3f}, {shares[2]:.3f}"
                 " | {last[shares-0]:.3f}, {last[shares-1]:.3f}, {last[shares-2]:.3f} |",
-                "| oracle | 0 | {last[oracle-0]:.3f} (world 0) |",
+                "| oracle | 0 | {last[oracle-0]:.3f}, {last[oracle-1]:.3f}, {last[oracle-2]:.3f} |",
                 "common deviations are {common[0]:.3f}, {common[1]:.3f} and {common[2]:.3f} nats, and each prompt's own are"
                 " {each[0]:.3f}, {each[1]:.3f} and {each[2]:.3f}"
                 " (in the base policies {base[0]:.3f}, {base[1]:.3f} and {base[2]:.3f})",
