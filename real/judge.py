@@ -38,8 +38,8 @@ from evaluate.judge_report import agreement, ask, calibration, longer_rate
 from judges.load import load_judge
 from prefmodel import JudgeConfig, split_pairs
 
-# One pass over 750 pairs, a pair at a time, which needs the least memory. One text in nine is longer
-# than 256 tokens.
+# One pass over 750 pairs, a pair at a time, which needs the least memory. One text in nine is
+# longer than 256 tokens.
 RECIPE = dict(
     held_out=0.25, cyclic=0, epochs=1, batch=8, micro_batch=1, lr=3e-5, max_tokens=256,
 )  # fmt: skip
