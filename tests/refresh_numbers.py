@@ -347,6 +347,12 @@ def read_bench():
     return {name: {key: row[key] for key in keys} for name, row in rows.items()} | {"minutes": result["minutes"]}
 
 
+def read_neighbour():
+    result = load("benchmarks/neighbour.json")
+    rates = {name: [row["tokens_a_second"] for row in rows] for name, rows in result["threads"].items()}
+    return {"share": result["share"]} | {name.replace(" ", "_"): rates[name] for name in rates}
+
+
 def bench_rows():
     """The rows of docs/side-by-side.md: all that are in the figure but recomputing, which is an aside."""
     sys.path.append(str(ROOT / "benchmarks"))  # last: real/ is a folder of ours, and real.py a file there
@@ -749,6 +755,19 @@ SOURCES = {
                 "`make test` {test_minutes:.0f} min {test_seconds:.0f} s",
             ]
         },
+    ),
+    "neighbour": Source(
+        "python -m real.smollm2 --out out/smollm2\npython benchmarks/neighbour.py --policy out/smollm2 --stages 4",
+        read_neighbour,
+        {
+            "docs/benchmarks.md": [
+                "| unset: two | {all[0]:.0f} | {all[1]:.0f} |",
+                "| 1 | {one[0]:.0f} | {one[1]:.0f} |",
+                "| 0: as many as there are idle cores | {idle_cores[0]:.0f} | {idle_cores[1]:.0f} |",
+                "keeps {share:.2f} of the quiet speed",
+            ]
+        },
+        shipped=True,
     ),
     "bench": Source("make bench", read_bench, {BENCH: [*bench_rows(), "it took {minutes:.0f} minutes"]}, shipped=True),
     "real": Source(

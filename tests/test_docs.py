@@ -67,6 +67,7 @@ NOT_RUN = {  # the beginning of a command: why no test runs it
     "python -m real.judge": "an hour; tests/test_real_judge.py runs it on a tiny model",
     "python benchmarks/score_ifeval.py": "needs lm_eval; tests/test_ability.py",
     "python benchmarks/gpu.py": "needs a GPU; tests/test_gpu_benchmark.py runs it on a CPU",
+    "python benchmarks/neighbour.py": "needs the real model; tests/test_threads.py runs it on a tiny one",
     "python benchmarks/real.py": "needs the real model; tests/test_benchmarks_real.py runs it on a tiny one",
     "torchrun": "needs eight GPUs; tests/test_distributed.py has two and three processes",
     "python -m toy.debug --rounds 1 --loss hinge": "after an edit; tests/test_change_one_thing.py makes it",
