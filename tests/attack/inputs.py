@@ -187,7 +187,9 @@ def missing(case, folder, command) -> None:
     path = case.pick(sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT))
     kind = damage.no_file(path, case.random)
     case.tell(path.name, "is", kind)
-    if kind in ("gone", "nowhere", "loop") and path.name in ("generation_config.json", "config.json"):
+    if path.name == "made-from.json":
+        case.survive(command)  # a note of what a judge was made from, which it does not need
+    elif kind in ("gone", "nowhere", "loop") and path.name in ("generation_config.json", "config.json"):
         case.survive(command)
     elif command.program == "plan.py":
         case.survive(command, folder.name)
