@@ -29,7 +29,8 @@ from data import Tokenizer, prompt_text, read_outputs, read_prompts
 from engine.checkpoint import DTYPES
 from engine.command import exit_code, flag
 from engine.costs import GPUS, attended, causal_flops, low_rank, multiplied, on_meta, pairrm_bytes
-from engine.costs import pairrm_flops, parameters, recomputing_bytes, saved_bytes, training_bytes
+from engine.costs import pairrm_flops, parameters, recomputing_bytes, saved_bytes, shared_cost
+from engine.costs import training_bytes
 from engine.files import read_json
 from generate import PREFILL_TOKENS, pool_shape, position_bytes
 from judges.load import is_folder, split_spec
@@ -215,8 +216,7 @@ class Work:
                 rows = N * K * (m or 1)
                 asked = rows / (2 if m else K)
                 prompt = min(self.prompts["mean"] * ratio, T)
-                tokens = asked * prompt + rows * (T - prompt)
-                flops = asked * causal_flops(judge, prompt) + rows * causal_flops(judge, T, prompt)
+                tokens, flops = shared_cost(judge, prompt, T, asked, rows)
             costs.append(self.computed("judge", tokens, flops, self.judge_width(judge)))
         return add(*costs)
 
@@ -235,11 +235,9 @@ class Work:
 
     def score(self, N: int) -> dict:
         # A prompt is computed once for all of its responses.
-        S = self.selected
         prompt = self.prompts["mean"]
-        tokens = N * (prompt + S * self.response)
-        each = causal_flops(self.policy, prompt + self.response, prompt)
-        flops = N * (causal_flops(self.policy, prompt) + S * each)
+        T = prompt + self.response
+        tokens, flops = shared_cost(self.policy, prompt, T, N, N * self.selected)
         return self.computed("score", tokens, flops, self.width)
 
     def fit(self, N: int) -> dict:

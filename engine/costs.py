@@ -59,6 +59,13 @@ def causal_flops(module: nn.Module, end: float, begin: float = 0) -> float:
     return 2 * multiplied(module) * (end - begin) + 2 * entries * (end**2 - begin**2)
 
 
+def shared_cost(module: nn.Module, prompt: float, T: float, prompts: float, rows: float) -> tuple:
+    """(tokens, operations) of prompts that are computed once for all rows of T tokens with them."""
+    tokens = prompts * prompt + rows * (T - prompt)
+    once = prompts * causal_flops(module, prompt)
+    return tokens, once + rows * causal_flops(module, T, prompt)
+
+
 def pairrm_flops(module: nn.Module, T: float) -> float:
     """A row of T tokens: content with content, and with 2T - 1 relative positions both ways."""
     config = module.config

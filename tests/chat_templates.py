@@ -1,4 +1,11 @@
-"""Chat templates for tests: SmolLM2's own (Apache-2.0), and some built to the shape of those that other families publish."""
+"""Chat templates for tests: SmolLM2's own (Apache-2.0), and some built to the shape of those that other families publish.
+
+And a tokenizer for a tiny chat model.
+"""
+
+from tokenizers.pre_tokenizers import ByteLevel
+
+from real import smollm2
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
@@ -72,3 +79,11 @@ MISTRAL_V2 = """{%- if messages[0]["role"] == "system" %}
 MISTRAL_V3 = MISTRAL_V2.replace('" [INST] "', '"[INST] "').replace('" [/INST]"', '"[/INST]"')
 
 TEMPLATES = {"smollm2": SMOLLM2, "llama-3": LLAMA3, "qwen2": QWEN2, "mistral v0.2": MISTRAL_V2, "mistral v0.3": MISTRAL_V3}
+
+
+def write_letters(folder) -> int:
+    """A tokenizer.json that reads and writes letters, with SmolLM2's special tokens first; returns how many tokens it has."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = special + [letter for letter in sorted(ByteLevel.alphabet()) if letter < "\x7f" or letter in "ĠĊ"]
+    smollm2.build_tokenizer(tokens, [], special).save(str(folder / "tokenizer.json"))
+    return len(tokens)

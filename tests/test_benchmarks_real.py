@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from chat_templates import SMOLLM2
+from chat_templates import SMOLLM2, write_letters
 from conftest import ROOT, tiny_config
-from tokenizers.pre_tokenizers import ByteLevel
 
 from engine.files import write_json
 from model import Transformer, initialize
@@ -37,13 +36,11 @@ bench = load_benchmark()
 def chat_model(tmp_path_factory):
     """A random chat model that reads and writes letters."""
     folder = tmp_path_factory.mktemp("chat")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = special + [letter for letter in sorted(ByteLevel.alphabet()) if letter < "\x7f" or letter in "ĠĊ"]
-    smollm2.build_tokenizer(tokens, [], special).save(str(folder / "tokenizer.json"))
+    tokens = write_letters(folder)
     names = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
     names |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": SMOLLM2}
     write_json(folder / "tokenizer_config.json", names)
-    sizes = dict(vocab_size=len(tokens), max_position_embeddings=1024, tie_word_embeddings=True, model_type="llama")
+    sizes = dict(vocab_size=tokens, max_position_embeddings=1024, tie_word_embeddings=True, model_type="llama")
     config = tiny_config(**sizes, bos_token_id=1, eos_token_id=2)
     initialize(Transformer(config), torch.Generator().manual_seed(0)).bfloat16().write_pretrained(folder)
     return folder

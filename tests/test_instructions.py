@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 from children import content
+from chat_templates import write_letters
 from conftest import ROOT, tiny_config
-from tokenizers.pre_tokenizers import ByteLevel
 
 from data import Tokenizer
 from engine.files import read_json, read_lines, write_json, write_lines
 from judges.load import load_judge
 from model import Transformer, initialize
-from real import ifeval, measurement, prompts, rule, smollm2
+from real import ifeval, measurement, prompts, rule
 from real.constraints import HELD_OUT, KINDS, TRAINING, Constraint, constraints_of
 from real.instructions import main
 from real.prompts import SPLITS, draw_prompts, topic_of, topics
@@ -312,12 +312,10 @@ FLAGS = """
 def chat_model(tmp_path_factory):
     """A random chat model that reads and writes letters."""
     folder = tmp_path_factory.mktemp("chat")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokens = special + [letter for letter in sorted(ByteLevel.alphabet()) if letter < "\x7f" or letter in "ĠĊ"]
-    smollm2.build_tokenizer(tokens, [], special).save(str(folder / "tokenizer.json"))
+    tokens = write_letters(folder)
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     write_json(folder / "tokenizer_config.json", names | {"chat_template": TEMPLATE})
-    config = tiny_config(vocab_size=len(tokens), max_position_embeddings=1024)
+    config = tiny_config(vocab_size=tokens, max_position_embeddings=1024)
     initialize(Transformer(config), torch.Generator().manual_seed(0)).write_pretrained(folder)
     return folder
 
