@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data import TEMPLATES, filled, pack, pad
 from engine.cuda_graph import Graph
 from engine.journal import NOTHING, Journal
+from engine.prepack import prepacked
 from sppo import chunked_logps, sequence_logps, setting
 
 PREFILL_TOKENS = 2048  # of prompts that are computed together, padding included
@@ -395,14 +396,15 @@ def generate(
     if progress is not None:
         progress.update(pool.finished)
     waiting = prefilled(model, responses)
-    while pool.finished < N * K:
-        before = pool.finished
-        pool.refill(waiting)
-        pool.compact()
-        if pool.active:
-            pool.step()
-        if progress is not None:
-            progress.update(pool.finished - before)
+    with prepacked(model):
+        while pool.finished < N * K:
+            before = pool.finished
+            pool.refill(waiting)
+            pool.compact()
+            if pool.active:
+                pool.step()
+            if progress is not None:
+                progress.update(pool.finished - before)
 
     if record:
         logps += [[response.logps for response in row] for row in responses]
