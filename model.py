@@ -199,6 +199,10 @@ def lines(x: Tensor, places: Tensor) -> Tensor:
     _, heads, N, size = x.shape
     # A look-up in a table, because its gradient adds up in the same order on every device.
     found = F.embedding(places, x.transpose(1, 2).reshape(N, -1))  # (L, T, heads * Dh)
+
+    # A CPU attends in float32 faster than in bfloat16, backwards above all.
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        found = found.float()
     return found.unflatten(-1, (heads, size)).transpose(1, 2)
 
 
@@ -256,7 +260,8 @@ class Attention(nn.Module):
             ).transpose(1, 2)  # (B, T, H, Dh)
 
         if pack is not None:
-            y = F.embedding(pack.place, y.reshape(pack.queries.numel(), -1))  # (N, H * Dh)
+            y = y.reshape(pack.queries.numel(), -1).to(x.dtype)
+            y = F.embedding(pack.place, y)  # (N, H * Dh)
         return self.o_proj(y.reshape(B, T, -1))
 
 

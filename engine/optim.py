@@ -32,15 +32,15 @@ def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
     # A bfloat16 is the upper half of a float32. Random 16 bits, added to the lower half, carry into
     # the upper half with probability (lower half)/2^16, the fraction that truncation loses. This
     # holds for both signs, zeros and denormals.
-    device = value.device
-    noise = torch.randint(
-        1 << 16, value.shape, generator=generator, device=device, dtype=torch.int32
-    )
-    upper = (value.view(torch.int32) + noise) >> 16
-    rounded = upper.to(torch.int16).view(torch.bfloat16)
+    count = value.numel()
+    draws = torch.empty(-(-count // 4), dtype=torch.int64, device=value.device)
+    draws.random_(-(2**63), None, generator=generator)  # 64 random bits are those of four numbers
+    total = draws.view(torch.uint16)[:count].view(value.shape).to(torch.int32)
+    total += value.view(torch.int32)
+    upper = total.view(torch.bfloat16).view(*value.shape, 2)[..., 1]
 
     # The bits of a NaN may truncate to those of infinity, or carry into the sign.
-    return rounded.masked_fill_(value.isnan(), torch.nan)
+    return torch.where(value.isnan(), torch.nan, upper)
 
 
 class RoundedSum(torch.autograd.Function):

@@ -340,11 +340,14 @@ def read_stories():
 # ------------------------------------------------------------------------------------------------ side by side
 
 
-def read_bench():
-    result = load("benchmarks/side_by_side.json")
+def read_bench(path="benchmarks/side_by_side.json"):
+    result = load(path)
     rows = {f"{row['stage']} {row['case']}": row for row in result["rows"]}
     keys = ("ours", "theirs", "ratio", "required", "floor")
     return {name: {key: row[key] for key in keys} for name, row in rows.items()} | {"minutes": result["minutes"]}
+
+
+REAL_BENCH = "benchmarks/real.json"
 
 
 def read_neighbour():
@@ -360,14 +363,24 @@ def bench_rows():
 
     units = {"sample": "ms/token", "fit": "ms/pair"}
     for row in load("benchmarks/side_by_side.json")["rows"]:
-        place, name = f"{row['stage']} {row['case']}", NAMES.get((row["stage"], row["case"]))
+        name = NAMES.get((row["stage"], row["case"]))
         if name is None or row["case"] == "memory, recomputing":
             continue
-        unit = "GB" if row["case"] == "memory" else units.get(row["stage"], "s")
-        required = f"{{{place}[required]:g}}" if row["required"] else ""
-        floor = f"{{{place}[floor]:.3g}}" if row["floor"] else ""
-        times = f"{{{place}[ours]:.3g}} {unit} | {{{place}[theirs]:.3g}} | **{{{place}[ratio]:.2f}}**"
-        yield f"| {name} | {times} | {required} | {floor} |"
+        yield bench_row(row, name, "GB" if row["case"] == "memory" else units.get(row["stage"], "s"))
+
+
+def real_bench_rows():
+    """The rows of docs/benchmarks.md."""
+    for row in load(REAL_BENCH)["rows"]:
+        yield bench_row(row, row["name"], row["unit"])
+
+
+def bench_row(row, name, unit):
+    place = f"{row['stage']} {row['case']}"
+    required = f"{{{place}[required]:g}}" if row["required"] else ""
+    floor = f"{{{place}[floor]:.3g}}" if row["floor"] else ""
+    times = f"{{{place}[ours]:.3g}} {unit} | {{{place}[theirs]:.3g}} | **{{{place}[ratio]:.2f}}**"
+    return f"| {name} | {times} | {required} | {floor} |"
 
 
 # ------------------------------------------------------------------------------------------------ the real model
@@ -767,6 +780,15 @@ SOURCES = {
                 "keeps {share:.2f} of the quiet speed",
             ]
         },
+        shipped=True,
+    ),
+    "bench-real": Source(
+        "python -m real.smollm2 --out out/smollm2\n"
+        "python -m venv out/llama\n"
+        "out/llama/bin/pip install xllamacpp\n"
+        "python benchmarks/real.py --llama out/llama/bin/python",
+        lambda: read_bench(REAL_BENCH),
+        {"docs/benchmarks.md": [*real_bench_rows(), "it took {minutes:.0f} minutes"]},
         shipped=True,
     ),
     "bench": Source("make bench", read_bench, {BENCH: [*bench_rows(), "it took {minutes:.0f} minutes"]}, shipped=True),
