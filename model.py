@@ -362,11 +362,15 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
-        tied = self.config.tie_word_embeddings
-        weight = self.model.embed_tokens.weight if tied else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.head_weight)
 
     def forward(self, tokens, output: Callable | None = None) -> Tensor:
         hidden = self.model(tokens)

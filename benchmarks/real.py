@@ -1,7 +1,7 @@
 """Ours beside transformers, TRL, peft and llama.cpp on a real chat model, SmolLM2-135M-Instruct, with real instructions.
 
     python -m real.smollm2 --out out/smollm2
-    python benchmarks/real.py                      all stages, medians of 3: 25 minutes on two cores that do nothing else
+    python benchmarks/real.py                      all stages, medians of 3: 28 minutes on two cores that do nothing else
     python benchmarks/real.py --quick              2 prompts, once: 5 minutes
     python benchmarks/real.py --only sample --prompts 64 --repeats 5
 

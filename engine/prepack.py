@@ -28,13 +28,11 @@ def prepacked(model: nn.Module) -> Iterator[None]:
 
     layers = [layer for layer in model.model.modules() if isinstance(layer, nn.Linear)]
     layers = [layer for layer in layers if layer.weight.numel() >= SMALLEST]
-    tied = model.config.tie_word_embeddings
-    head = model.model.embed_tokens.weight if tied else model.lm_head.weight
     try:
         for layer in layers:
             layer.forward = product(layer.weight, layer.bias)
-        if head.numel() >= SMALLEST:
-            model.head = product(head)
+        if model.head_weight.numel() >= SMALLEST:
+            model.head = product(model.head_weight)
         yield
     finally:
         # What an instance has hides what its class has, until it is taken away.
@@ -54,7 +52,7 @@ def can_prepack(model: nn.Module) -> bool:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         known.add(torch.bfloat16)
 
-    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    size = sum(weight.nbytes for weight in weights)
     on_cpu = all(weight.device.type == "cpu" for weight in weights)
     return on_cpu and size <= LARGEST and {weight.dtype for weight in weights} <= known
 
