@@ -32,6 +32,7 @@ from engine.costs import GPUS, attended, causal_flops, low_rank, multiplied, on_
 from engine.costs import pairrm_flops, parameters, recomputing_bytes, saved_bytes, shared_cost
 from engine.costs import training_bytes
 from engine.files import read_json
+from engine.prepack import copied_bytes
 from generate import PREFILL_TOKENS, pool_shape, position_bytes
 from judges.load import is_folder, split_spec
 from judges.pairrm import GPU_TOKENS, PairRM, PairRMConfig
@@ -268,7 +269,10 @@ class Work:
         prefill = max(PREFILL_TOKENS, self.prompts["longest"])
         hidden = prefill * (self.position + saved_bytes(sizes, self.width))
         probabilities = 16 * self.rows * sizes.vocab_size
-        cache = math.prod(self.shape) * self.position
+        sampling = {"cache": math.prod(self.shape) * self.position}
+        if self.gpu is GPUS["cpu"]:
+            sampling["copy"] = copied_bytes(self.policy, self.width)
+        sampling["workspace"] = hidden + probabilities
 
         passes = map(self.judge_pass, self.judges, self.prompts["judge_tokens"])
 
@@ -285,7 +289,7 @@ class Work:
         trained = training_bytes(self.policy, self.gpus, *kinds, self.terms)
         fit = {"activations": kept, "logits": logits * (2 * self.width + 12)}
         return {
-            "sample": fixed | {"cache": cache, "workspace": hidden + probabilities},
+            "sample": fixed | sampling,
             "judge": fixed | {"workspace": max([0, *passes])},
             "score": fixed | {"activations": block, "logits": logits * (self.width + 8)},
             "fit": fixed | trained | fit,

@@ -26,12 +26,11 @@ def prepacked(model: nn.Module) -> Iterator[None]:
         yield
         return
 
-    layers = [layer for layer in model.model.modules() if isinstance(layer, nn.Linear)]
-    layers = [layer for layer in layers if layer.weight.numel() >= SMALLEST]
+    layers = large_layers(model)
     try:
         for layer in layers:
             layer.forward = product(layer.weight, layer.bias)
-        if model.head_weight.numel() >= SMALLEST:
+        if has_large_head(model):
             model.head = product(model.head_weight)
         yield
     finally:
@@ -39,6 +38,25 @@ def prepacked(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             vars(layer).pop("forward", None)
         vars(model).pop("head", None)
+
+
+def large_layers(model: nn.Module) -> list[nn.Linear]:
+    layers = [layer for layer in model.model.modules() if isinstance(layer, nn.Linear)]
+    return [layer for layer in layers if layer.weight.numel() >= SMALLEST]
+
+
+def has_large_head(model: nn.Module) -> bool:
+    return model.head_weight.numel() >= SMALLEST
+
+
+def copied_bytes(model: nn.Module, width: int) -> int:
+    """Of the copies of weights of `width` bytes, on a CPU that multiplies with them; or 0."""
+    if width * sum(weight.numel() for weight in model.parameters()) > LARGEST:
+        return 0
+    numbers = sum(layer.weight.numel() for layer in large_layers(model))
+    if has_large_head(model):
+        numbers += model.head_weight.numel()
+    return width * numbers
 
 
 def can_prepack(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 from data import Tokenizer, prompt_text, read_pairs, text_field
 from engine.checkpoint import load_weights
 from engine.files import read_lines, write_lines
+from engine.prepack import prepacked
 from engine.run_folder import round_policies
 from engine.terminal import visible
 from generate import KVCache, Pool, Response, draw_seeds, pool_shape, positions_needed, prefilled
@@ -109,15 +110,16 @@ class Speaker:
         try:
             if len(self.folders) > 1:
                 load_weights(self.policy, self.folders[index])
-            for token in stream(self.policy, ids, limit, stop, *how):
-                tokens.append(token)
-                text = self.tokenizer.response_text(ids, tokens, args.template)
+            with prepacked(self.policy):
+                for token in stream(self.policy, ids, limit, stop, *how):
+                    tokens.append(token)
+                    text = self.tokenizer.response_text(ids, tokens, args.template)
 
-                # A character may take several tokens: until its last one they decode as U+FFFD.
-                sure = text.rstrip("\ufffd")
-                piece = sure[shown:]
-                shown = max(shown, len(sure))
-                show(escaped(piece))
+                    # A character may take several tokens: until its last they decode as U+FFFD.
+                    sure = text.rstrip("\ufffd")
+                    piece = sure[shown:]
+                    shown = max(shown, len(sure))
+                    show(escaped(piece))
         except KeyboardInterrupt:
             stopped = True
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from data import Tokenizer, read_pairs
+from engine import prepack
 from evaluate import __main__ as evaluate
 from evaluate import chat as chatting
 from evaluate.chat import Speaker, chat, escaped, stream
@@ -59,11 +61,15 @@ class Person:
         self.screen += text
 
 
+def settings(**changes):
+    values = dict(against=None, pairs=None, max_new_tokens=4, temperature=1.0, top_p=1.0)
+    values |= dict(template="plain", seed=0, device="cpu", dtype=None)
+    return Namespace(**(values | changes))
+
+
 def talk(person, policy, against=None, **changes):
     """Let a person chat; returns what was on the screen."""
-    values = dict(policy=policy, against=against, pairs=None, max_new_tokens=4, temperature=1.0, top_p=1.0)
-    values |= dict(template="plain", seed=0, device="cpu", dtype=None)
-    chat(Namespace(**(values | changes)), person.ask, person.show)
+    chat(settings(policy=policy, against=against, **changes), person.ask, person.show)
     return person.screen
 
 
@@ -124,6 +130,21 @@ def test_a_stream_does_not_go_beyond_the_context():
         list(stream(model, [1] * 6, 11, ()))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_an_answer_is_computed_with_prepacked_weights_and_has_the_tokens_of_generate(world, monkeypatch):
+    monkeypatch.setattr(prepack, "SMALLEST", 1)
+    speaker = Speaker(world / "policy", settings(policy=world / "policy", max_new_tokens=8))
+    packed = []
+    ids = speaker.ids("3+4=")
+    answer = speaker.answer(ids, seeded(0), lambda text: packed.append("head" in vars(speaker.policy)))
+    assert packed[0] and "head" not in vars(speaker.policy)
+
+    generator = seeded(0)
+    torch.randint(1, (), generator=generator)  # which round answers
+    [[expected]] = generate(speaker.policy, [ids], 1, 8, speaker.tokenizer.stop, generator=generator)
+    assert answer.text == speaker.tokenizer.response_text(ids, expected, "plain")
+
+
 # ------------------------------------------------------------------------ what is shown
 
 
@@ -150,6 +171,7 @@ def answered(backend, tokens, monkeypatch):
     policy = SimpleNamespace(config=tiny_config())
     args = Namespace(max_new_tokens=9, temperature=1.0, top_p=1.0, template="chat")
     monkeypatch.setattr(chatting, "stream", lambda *_: iter([*tokens, 999]))
+    monkeypatch.setattr(chatting, "prepacked", lambda policy: nullcontext())
     speaker = SimpleNamespace(args=args, folders=["here"], tokenizer=tokenizer, policy=policy)
     shown = []
     answer = Speaker.answer(speaker, [1], seeded(0), shown.append)

@@ -3,11 +3,14 @@
 import pytest
 import torch
 import transformers
+from conftest import tiny_settings
 
 from engine import prepack
 from engine.prepack import prepacked
 from generate import generate
 from model import ModelConfig, Transformer, initialize
+from plan import plan
+from toy.debug import build_debugging
 
 SIZES = dict(
     vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -83,6 +86,30 @@ def test_afterwards_the_model_computes_with_its_own_weights_even_if_sampling_fai
     assert not model(tokens).any()
     model(tokens).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_plan_counts_the_copies_that_sampling_on_a_cpu_makes(tmp_path, monkeypatch):
+    build_debugging(tmp_path)
+    config = tiny_settings(tmp_path, tmp_path / "run")
+    copies = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+
+    def copy(weight, rows):
+        copies.append(weight.nbytes)
+        return reorder(weight, rows)
+
+    # Some of its matrices are large enough, and some are not.
+    monkeypatch.setattr(prepack, "SMALLEST", 1000)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", copy)
+    policy = Transformer.from_pretrained(config.policy)
+    with prepacked(policy):
+        linear = sum(isinstance(layer, torch.nn.Linear) for layer in policy.modules())
+        assert 0 < len(copies) < linear + 1
+    memory = {gpu: plan(config, gpu=gpu)["stages"]["sample"]["memory"] for gpu in ("cpu", "h100")}
+    assert memory["cpu"]["copy"] == sum(copies) and "copy" not in memory["h100"]
+
+    monkeypatch.setattr(prepack, "LARGEST", 1000)
+    assert plan(config, gpu="cpu")["stages"]["sample"]["memory"]["copy"] == 0
 
 
 @pytest.mark.parametrize("reason", ["a dtype of no use", "too large", "private names that are gone"])
