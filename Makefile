@@ -20,9 +20,9 @@ toys: .venv/ready  ## every figure of the laboratory, and its numbers, under out
 test: .venv/ready-dev  ## lint and format, then every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
-bench: .venv/ready-dev  ## ours beside transformers and TRL: 20 minutes on two cores that do nothing else
+bench: .venv/ready-dev  ## ours beside transformers and TRL: 23 minutes on two cores that do nothing else
 	$(BIN)/python benchmarks/side_by_side.py
 
 attack: .venv/ready-dev  ## about 1,950 broken inputs, kills, full disks, pairs of processes; a table

@@ -1,6 +1,6 @@
 """Ours beside transformers and TRL: the same checkpoint, prompts, threads and float32, in one process, the sides in turn.
 
-    python benchmarks/side_by_side.py              all stages, medians of 5: 20 minutes on two cores
+    python benchmarks/side_by_side.py              all stages, medians of 5: 23 minutes on two cores
     python benchmarks/side_by_side.py --quick      smaller and fewer: 5 minutes
     python benchmarks/side_by_side.py --only sample judge
 

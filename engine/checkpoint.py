@@ -135,9 +135,9 @@ def load_weights(module: nn.Module, folder: str | Path, prefix: str = "", unused
 
 def check_finite(tensor: Tensor, name: str) -> None:
     """ValueError if a tensor has an infinity or NaN; several processes have a part each."""
-    # Both ends are NaN if any number is, and no memory is needed.
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        wrong = int((~tensor.isfinite()).sum())
+    # Whatever is added to NaN or an infinity, the sum is not finite. Large numbers may overflow it,
+    # too: only then each of them is looked at.
+    if not tensor.sum().isfinite() and (wrong := int((~tensor.isfinite()).sum())):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ValueError(f"{name} has {wrong} numbers that are not finite (as {dtype})")
 

@@ -72,6 +72,12 @@ def test_a_weight_that_overflows_in_the_wanted_dtype_is_refused(checkpoint):
         Transformer.from_pretrained(checkpoint, "float16")
 
 
+def test_weights_that_are_finite_are_read_even_if_their_sum_is_not(checkpoint):
+    changed(checkpoint, **{"embed_tokens.weight": lambda t: torch.full_like(t, 3e38)})
+    policy = Transformer.from_pretrained(checkpoint)
+    assert policy.model.embed_tokens.weight.sum().isinf() and (policy.model.embed_tokens.weight == 3e38).all()
+
+
 def test_a_policy_that_is_not_finite_is_not_saved(tmp_path):
     policy = initialize(Transformer(tiny_config()), torch.Generator().manual_seed(0))
     with torch.no_grad():

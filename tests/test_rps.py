@@ -16,9 +16,8 @@ from toy.lab import script
 START = (0.6, 0.3, 0.1)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_average_of_a_sampled_transformer_is_hardly_exploitable_and_near_the_exact_one(seed):
-    result = rps.compare(cycle(), START, eta=0.4, rounds=100, samples=512, seeds=[seed])
+def test_average_of_a_sampled_transformer_is_hardly_exploitable_and_near_the_exact_one():
+    result = rps.compare(cycle(), START, eta=0.4, rounds=100, samples=512, seeds=[0])  # `make toys` plays three seeds
     row = result["neural"][0]
     assert row["average"][-1] <= 0.03
     distance = (torch.tensor(row["averages"]) - torch.tensor(result["exact"]["averages"])).abs().sum(-1) / 2
