@@ -125,6 +125,15 @@ def test_neither_pool_nor_budget_nor_prefill_changes_the_text(tiny_model, monkey
     assert run() == run(rows=4) == responses
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_text_does_not_depend_on_how_many_rows_a_cache_holds(tiny_model, monkeypatch, top_p):
+    how = (4, 20, 7, 0.9, top_p)
+    whole = generate(tiny_model, PROMPTS, *how, seeded(3))
+    for numbers in (1, 3 * tiny_model.config.vocab_size):
+        monkeypatch.setattr(sampling, "CACHED_NUMBERS", numbers)
+        assert generate(tiny_model, PROMPTS, *how, seeded(3)) == whole
+
+
 def test_seeds_drawn_by_the_caller_give_what_the_generator_gives(tiny_model):
     seeds = draw_seeds(len(PROMPTS), 3, seeded(2))
     assert len(set(itertools.chain(*seeds))) == 3 * len(PROMPTS)

@@ -33,9 +33,9 @@ def seeded(seed=0):
 
 
 def learned(payoff, heads, count, steps):
-    """What a judge of these heads is worth after so many labels; the worse of two seeds by error."""
-    tables = [learn(len(payoff), draw_labels(payoff, count, seeded(seed)), heads, seed, steps) for seed in (0, 1)]
-    return max(evaluate(torch.stack(tables).double(), payoff), key=lambda row: row["error"])
+    """What a judge of these heads is worth after so many labels; `make toys` has several seeds."""
+    table = learn(len(payoff), draw_labels(payoff, count, seeded()), heads, 0, steps)
+    return evaluate(table[None].double(), payoff)[0]
 
 
 # ------------------------------------------------------------------------------------------------ what they learn

@@ -99,7 +99,7 @@ def test_a_plan_counts_the_copies_that_sampling_on_a_cpu_makes(tmp_path, monkeyp
         return reorder(weight, rows)
 
     # Some of its matrices are large enough, and some are not.
-    monkeypatch.setattr(prepack, "SMALLEST", 1000)
+    monkeypatch.setattr(prepack, "SMALLEST", 200)
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", copy)
     policy = Transformer.from_pretrained(config.policy)
     with prepacked(policy):
