@@ -511,10 +511,32 @@ def before_and_after(title, run, set_name):
     return f"| {title} | {gain} | " + " | ".join(cells) + " |"
 
 
-def seed_rows():
+def seed_rows(run="seed"):
     for set_name, shown in (("topics", "topics"), ("kinds", "constraints")):
-        for seed in range(3):
-            yield before_and_after(f"{shown}, seed {seed}", f"seed {seed}", set_name)
+        for seed in SEEDS:
+            yield before_and_after(f"{shown}, seed {seed}", f"{run} {seed}", set_name)
+
+
+LORA = (
+    "python -m real.instructions --seed 2 --out out/full-2 --measure-every 8  # its first round\n"
+    "python -m real.instructions --lora 16 --lr 6e-4 --seed 0 --out out/lora-0 --measure-every 8\n"
+    "python -m real.instructions --lora 16 --lr 6e-4 --seed 1 --out out/lora-1 --measure-every 8\n"
+    "python -m real.instructions --lora 16 --lr 6e-4 --seed 2 --out out/lora-2 --measure-every 8\n"
+    f"for seed in 0 1 2; do cp out/lora-$seed/measure.json {FOLDER}/lora-$seed.measure.json; done\n"
+    f"for seed in 0 1 2; do cp out/lora-$seed/metrics.jsonl {FOLDER}/lora-$seed.metrics.jsonl; done\n"
+    f"for run in full-2 lora-2; do cp out/$run/timings.jsonl {FOLDER}/$run.timings.jsonl; done"
+)
+
+
+def read_lora():
+    found = {}
+    for seed in SEEDS:
+        measured = load(f"{FOLDER}/lora-{seed}.measure.json")
+        found[f"lora {seed} base"], found[f"lora {seed} last"] = measured["base"], measured["rounds"][-1]
+    for name in ("lora-2", "full-2"):
+        (fit,) = [row for row in lines(f"{FOLDER}/{name}.timings.jsonl") if row["round"] == 1 and row["stage"] == "policy"]
+        found[name] = {"fit": fit["seconds"], "gb": fit["peak_gb"]}
+    return found
 
 
 def other_rows():
@@ -802,6 +824,18 @@ SOURCES = {
                 " | {round 8[topics][log_likelihood]:.3f} |",
             ],
             REAL: [*real_rows()],
+        },
+        shipped=True,
+    ),
+    "real-lora": Source(
+        "python -m real.smollm2 --out out/smollm2\n" + LORA,
+        read_lora,
+        {
+            REAL: [
+                *seed_rows("lora"),
+                "took {lora-2[fit]:.0f} seconds, with all weights {full-2[fit]:.0f}, and {lora-2[gb]:.1f} GB"
+                " at the peak, not {full-2[gb]:.1f}:",
+            ],
         },
         shipped=True,
     ),
