@@ -3,7 +3,7 @@
     python -m real.smollm2 --out out/smollm2
     python benchmarks/real.py                      all stages, medians of 3: 28 minutes on two cores that do nothing else
     python benchmarks/real.py --quick              2 prompts, once: 5 minutes
-    python benchmarks/real.py --only sample --prompts 64 --repeats 5
+    python benchmarks/real.py --only sample --prompts 64 --repeats 5    the other stages stay as they are in the files
 
 Writes real.json and real.png into --out. ratio = theirs/ours of medians; above 1 is better for us. All sides have the same
 weights, in float32 where nothing else is said, the same token ids of prompts of real/prompts.py in the model's chat template,
@@ -408,7 +408,7 @@ def play(bench, stage):
             if theirs in measured:
                 lowest = None if case == "bfloat16" else floor  # the machine's rate was measured in float32
                 bench.add(stage, case, STAGE_UNITS[stage], measured[ours], measured[theirs], lowest)
-                bench.rows[-1] |= {"name": name, "required": required}
+                bench.rows[-1] |= {"name": name, "required": required, "prompts": world.size["prompts"]}
         if "llama.cpp" in sides:
             bench.checks["llama.cpp, peak memory beside the weights, GB"] = llama_memory()
     bench.checks |= world.fastest
@@ -506,26 +506,31 @@ def run(args):
         if find_spec(name) is None:
             raise ValueError(f"{name} is not installed; pip install -r requirements-dev.txt brings the peers")
 
+    path = Path(args.out) / "real.json"
+    kept = read_json(path) if path.is_file() and set(args.only) < set(STAGES) else {}  # what is not measured again stays
+    others = [row for row in kept.get("rows", ()) if row["stage"] not in args.only]
     calls = sum(size["repeats"] * len(SIDES[name]) if name in SIDES else 2 * len(MEMORY) for name in args.only)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=calls, unit="run") as progress:
         bench = Bench(World(folder, args.policy, size, args), size, progress)
-        bench.missing = {}
+        bench.missing = {} if "sample" in args.only else kept.get("not_measured", {})
         bench.machine["packages"]["peft"] = importlib.metadata.version("peft")
         for name in args.only:
             progress.set_description(name)
             memory(bench) if name == "memory" else play(bench, name)
             minutes = (time.monotonic() - start) / 60
+            rows = sorted(others + bench.rows, key=lambda row: STAGES.index(row["stage"]))
+            checks = kept.get("checks", {}) | bench.checks
             result = {
-                "rows": bench.rows, "not_measured": bench.missing, "machine": bench.machine, "checks": bench.checks,
+                "rows": rows, "not_measured": bench.missing, "machine": bench.machine, "checks": checks,
                 "sizes": size, "temperature": TEMPERATURE, "scaling": [], "minutes": minutes,
             }  # fmt: skip
-            write_json(Path(args.out) / "real.json", result)  # after each stage, so that little is lost if it is stopped
+            write_json(path, result)  # after each stage, so that little is lost if it is stopped
 
     write_figure(Path(args.out) / "real.png", draw(result))
     side_by_side.print_table(result)
     for name, reason in bench.missing.items():
         print(f"{name}: not measured, {reason}")
-    print(f"{args.threads} threads: {Path(args.out) / 'real.json'}, .png, {minutes:.1f} minutes")
+    print(f"{args.threads} threads: {path}, .png, {minutes:.1f} minutes")
 
 
 def main(arguments=None):

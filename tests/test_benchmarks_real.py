@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -66,6 +67,19 @@ def test_every_row_but_that_of_llama_cpp_is_measured(measured):
     assert expected | {("memory", "fit")} == rows.keys() and (out / "real.png").read_bytes().startswith(b"\x89PNG")
     assert result["not_measured"] == {"sample, against llama.cpp": "it was not looked for"}
     assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows.values())
+
+
+def test_a_stage_that_is_measured_again_leaves_the_others_as_they_are(chat_model, measured, tmp_path, monkeypatch):
+    first, out = measured
+    monkeypatch.setattr(bench.side_by_side, "machine", lambda: {"flops": 1e11, "bytes_per_second": 1e10, "packages": {}})
+    shutil.copy(out / "real.json", tmp_path)
+    flags = ["--quick", "--threads", "1", "--policy", str(chat_model), "--only", "judge", "--prompts", "1"]
+    assert bench.main([*flags, "--out", str(tmp_path)]) == 0
+    second = json.loads((tmp_path / "real.json").read_text())
+    assert [row["name"] for row in second["rows"]] == [row["name"] for row in first["rows"]]
+    changed = [row["stage"] for row, before in zip(second["rows"], first["rows"]) if row != before]
+    assert changed == ["judge"] and first["checks"].keys() == second["checks"].keys()
+    assert first["not_measured"] == second["not_measured"]
 
 
 def test_both_sides_sample_responses_of_the_same_lengths(measured):
