@@ -50,7 +50,7 @@ def has_large_head(model: nn.Module) -> bool:
 
 
 def copied_bytes(model: nn.Module, width: int) -> int:
-    """Of the copies of weights of `width` bytes, on a CPU that multiplies with them; or 0."""
+    """Of the copies, where a weight has `width` bytes; 0 if the model is too large for any."""
     if width * sum(weight.numel() for weight in model.parameters()) > LARGEST:
         return 0
     numbers = sum(layer.weight.numel() for layer in large_layers(model))
@@ -60,7 +60,7 @@ def copied_bytes(model: nn.Module, width: int) -> int:
 
 
 def can_prepack(model: nn.Module) -> bool:
-    """Whether oneDNN multiplies with these weights, and a copy of them is no burden."""
+    """Whether oneDNN multiplies with these weights, and there is something to copy."""
     weights = list(model.parameters())
     known = {torch.float32}
     # torch's own names, but private ones: without them layers are computed as ever.
@@ -70,9 +70,9 @@ def can_prepack(model: nn.Module) -> bool:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         known.add(torch.bfloat16)
 
-    size = sum(weight.nbytes for weight in weights)
     on_cpu = all(weight.device.type == "cpu" for weight in weights)
-    return on_cpu and size <= LARGEST and {weight.dtype for weight in weights} <= known
+    suited = on_cpu and {weight.dtype for weight in weights} <= known
+    return suited and copied_bytes(model, weights[0].itemsize) > 0
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Callable:

@@ -47,6 +47,11 @@ def chat_model(tmp_path_factory):
     return folder
 
 
+def machine():
+    """In place of a second of measuring what this machine can do."""
+    return {"flops": 1e11, "bytes_per_second": 1e10, "packages": {}}
+
+
 @pytest.fixture(scope="module")
 def measured(chat_model, tmp_path_factory):
     """A whole run without llama.cpp: the JSON file and the folder."""
@@ -55,7 +60,7 @@ def measured(chat_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "no_llama", lambda python: "it was not looked for")
         patch.setattr(bench, "MEMORY", {"fit": bench.MEMORY["fit"]})  # the others would take half a minute
-        patch.setattr(bench.side_by_side, "machine", lambda: {"flops": 1e11, "bytes_per_second": 1e10, "packages": {}})
+        patch.setattr(bench.side_by_side, "machine", machine)
         assert bench.main(flags) == 0
     return json.loads((out / "real.json").read_text()), out
 
@@ -71,7 +76,7 @@ def test_every_row_but_that_of_llama_cpp_is_measured(measured):
 
 def test_a_stage_that_is_measured_again_leaves_the_others_as_they_are(chat_model, measured, tmp_path, monkeypatch):
     first, out = measured
-    monkeypatch.setattr(bench.side_by_side, "machine", lambda: {"flops": 1e11, "bytes_per_second": 1e10, "packages": {}})
+    monkeypatch.setattr(bench.side_by_side, "machine", machine)
     shutil.copy(out / "real.json", tmp_path)
     flags = ["--quick", "--threads", "1", "--policy", str(chat_model), "--only", "judge", "--prompts", "1"]
     assert bench.main([*flags, "--out", str(tmp_path)]) == 0
